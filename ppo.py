@@ -1,0 +1,1042 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gymnasium>=1.0", "numpy>=1.26"]
+# ///
+"""Proximal Policy Optimization (PPO) in one file: numpy, gymnasium and every gradient by hand.
+
+    python ppo.py --env CartPole-v1
+
+Read it from top to bottom with the lecture beside it. A label such as L9 stands above the line that
+computes the lecture's formula of that number; README.md lists the labels, test_ppo.py proves them.
+
+The algorithm (L19)                                                               where
+    initialise the actor θ and the critic φ                                         §1, §2
+    repeat
+        collect T steps in each of N environments with π_θ_k: a trajectory          §3
+        Â from V_φ_k by GAE;  R̂ = Â + V_φ_k                                         §4
+        for each of K epochs, for each minibatch of B transitions
+            θ ← θ - Adam(∇ actor loss: objective - c·entropy)                       §5, §7
+            φ ← φ - Adam(∇ critic loss: (V_φ - R̂)²)                                 §6, §7
+        θ_k+1 ← θ,  φ_k+1 ← φ                                                       §8
+    §9 is the command line around it: a student may stop before it.
+
+Glossary                       name             shape
+    s_t                        obs              (T+1, N, obs_dim), flattened to (B, obs_dim)
+    a_t                        actions          (T, N) integers, or (T, N, act_dim) reals
+    r_t                        rewards          (T, N)
+    true end, time limit       terminated, truncated       (T, N) booleans
+    V_φ(s_t)                   values           (T+1, N)
+    Â_t                        advantages       (T, N), flattened to (B,)
+    R̂_t                        returns          (T, N), flattened to (B,)
+    log π_θ(a|s)               log_prob         (B,)
+    π_θ / π_θ_k                ratio            (B,)
+    θ; φ                       actor; critic    lists of arrays
+    γ, λ, ε, β, c              gamma, lam, clip or epsilon, beta, ent_coef
+    whatever belongs to θ_k    ends in _old
+"""
+
+import os
+
+# Networks this small are fastest on one BLAS thread. The variable counts when numpy is imported;
+# a value that the user has set stays.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.wrappers.utils import RunningMeanStd
+from gymnasium.wrappers.vector import FlattenObservation, TransformAction
+
+# §1  Networks -------------------------------------------------------------------------------------
+# π_θ and V_φ are two separate multi-layer perceptrons. Each forward pass keeps what its backward
+# pass needs; the backward pass is the chain rule, one layer at a time.
+
+
+def init_mlp(
+    sizes: list[int], rng: np.random.Generator, out_gain: float = 1.0, dtype: type = np.float32
+) -> list[np.ndarray]:
+    """Initial parameters [W1, b1, W2, b2, ...] of a network with these layer sizes.
+
+    W has the shape (fan_in, fan_out) and is orthogonal (Saxe et al. 2014): its rows or columns,
+    whichever are fewer, are orthogonal with length √2 in hidden layers and out_gain in the last.
+    b has the shape (fan_out,) and is 0.
+    """
+    params = []
+    gains = [2**0.5] * (len(sizes) - 2) + [out_gain]
+    for fan_in, fan_out, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
+        normal = rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out)))
+        q, r = np.linalg.qr(normal)
+        q *= np.sign(np.diag(r))  # without these signs Q would not be uniformly distributed
+        W = gain * (q if fan_in >= fan_out else q.T)
+        params += [np.ascontiguousarray(W, dtype), np.zeros(fan_out, dtype)]
+    return params
+
+
+def mlp_forward(params: list[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The network's output (B, out) for inputs x (B, in), and the input of each layer as cache."""
+    cache = []
+    for i in range(0, len(params), 2):
+        W, b = params[i], params[i + 1]
+        cache.append(x)
+        x = x @ W
+        x += b
+        if i + 2 < len(params):  # the last layer is linear
+            np.tanh(x, out=x)
+    return x, cache
+
+
+def mlp_backward(
+    params: list[np.ndarray], cache: list[np.ndarray], dout: np.ndarray
+) -> list[np.ndarray]:
+    """The gradient of a loss with respect to params, in their order, from dout = ∂loss/∂output."""
+    grads = []
+    for i in range(len(params) - 2, -1, -2):
+        W, x = params[i], cache[i // 2]
+        grads = [x.T @ dout, dout.sum(axis=0)] + grads
+        if i > 0:
+            dout = dout @ W.T
+            dout *= 1 - x * x  # x = tanh(z), and tanh'(z) = 1 - tanh²(z)
+    return grads
+
+
+# §2  Policies -------------------------------------------------------------------------------------
+# A head turns the network's output into a distribution over actions. Both heads offer the same:
+#     noise, sample, mode                 how an action is chosen
+#     log_prob, entropy, kl               (B,), one number for each state, and beside it the gradient
+#                                         with respect to each of the head's inputs
+# so nothing below asks which head it has. The inputs are (logits) or (mean, log_std).
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """log π(·|s) (B, n) of a categorical distribution with these logits (B, n)."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)  # exp cannot overflow; π is the same
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+class Categorical:
+    """A choice among n actions, π(a|s) = softmax(logits)_a. Input: logits (B, n)."""
+
+    @staticmethod
+    def noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """What sample needs, for inputs of this shape."""
+        return rng.gumbel(size=shape).astype(np.float32)
+
+    @staticmethod
+    def sample(noise: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """a ~ π(·|s) (B,): adding Gumbel noise to the logits makes the argmax a fair draw."""
+        return (logits + noise).argmax(axis=-1)
+
+    @staticmethod
+    def mode(logits: np.ndarray) -> np.ndarray:
+        """The likeliest action (B,)."""
+        return logits.argmax(axis=-1)
+
+    @staticmethod
+    def log_prob(actions: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """log π(a|s) (B,) for actions (B,), and its gradient [(B, n)]."""
+        log_probs, rows = log_softmax(logits), np.arange(len(actions))
+        # ∂ log π(a) / ∂ logits = onehot(a) - π
+        d_logits = -np.exp(log_probs)
+        d_logits[rows, actions] += 1
+        return log_probs[rows, actions], [d_logits]
+
+    @staticmethod
+    def entropy(logits: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """H(π) (B,), and its gradient [(B, n)]."""
+        log_probs = log_softmax(logits)
+        probs = np.exp(log_probs)
+        # L17   H = -Σ π log π;   ∂H / ∂ logits = -π (log π + H)
+        entropy = -(probs * log_probs).sum(axis=-1)
+        return entropy, [-probs * (log_probs + entropy[:, None])]
+
+    @staticmethod
+    def kl(logits_old: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """KL(π_old‖π) (B,), and its gradient [(B, n)] with respect to logits."""
+        log_probs_old, log_probs = log_softmax(logits_old), log_softmax(logits)
+        probs_old = np.exp(log_probs_old)
+        # L13   KL = Σ π_old (log π_old - log π);   ∂KL / ∂ logits = π - π_old
+        kl = (probs_old * (log_probs_old - log_probs)).sum(axis=-1)
+        return kl, [np.exp(log_probs) - probs_old]
+
+
+class Gaussian:
+    """Independent normal actions, π(a|s) = N(mean, exp(log_std)²).
+
+    Inputs: mean (B, d), and log_std (d,), which does not depend on the state. Gradients with
+    respect to log_std are given row by row, (B, d); their sum is the parameter's.
+    """
+
+    @staticmethod
+    def noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """What sample needs, for inputs of this shape."""
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    @staticmethod
+    def sample(noise: np.ndarray, mean: np.ndarray, log_std: np.ndarray) -> np.ndarray:
+        """a ~ π(·|s) (B, d)."""
+        return mean + np.exp(log_std) * noise
+
+    @staticmethod
+    def mode(mean: np.ndarray, log_std: np.ndarray) -> np.ndarray:
+        """The likeliest action (B, d)."""
+        return mean
+
+    @staticmethod
+    def log_prob(
+        actions: np.ndarray, mean: np.ndarray, log_std: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """log π(a|s) (B,) for actions (B, d), and its gradient [(B, d), (B, d)]."""
+        std = np.exp(log_std)
+        z = (actions - mean) / std
+        log_prob = (-0.5 * z * z - log_std - 0.5 * float(np.log(2 * np.pi))).sum(axis=-1)
+        return log_prob, [z / std, z * z - 1]
+
+    @staticmethod
+    def entropy(mean: np.ndarray, log_std: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """H(π) (B,), and its gradient [(B, d), (B, d)]."""
+        # L17   H = Σ log std + ½ log(2πe)
+        entropy = (log_std + 0.5 * float(np.log(2 * np.pi * np.e))).sum()
+        return np.repeat(entropy, len(mean)), [np.zeros_like(mean), np.ones_like(mean)]
+
+    @staticmethod
+    def kl(
+        mean_old: np.ndarray, log_std_old: np.ndarray, mean: np.ndarray, log_std: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """KL(π_old‖π) (B,), and its gradient [(B, d), (B, d)] with respect to mean, log_std."""
+        std, std_old = np.exp(log_std), np.exp(log_std_old)
+        shift, spread = (mean - mean_old) / std, (std_old / std) ** 2
+        # L13   KL = Σ log(std / std_old) + (std_old² + (mean - mean_old)²) / (2 std²) - ½
+        kl = (log_std - log_std_old + 0.5 * (spread + shift * shift) - 0.5).sum(axis=-1)
+        return kl, [shift / std, 1 - spread - shift * shift]
+
+
+def policy_forward(
+    actor: list[np.ndarray], obs: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The head's inputs for observations (B, obs_dim), and the network's cache.
+
+    actor holds the network's parameters, an even number of arrays, and behind them the Gaussian's
+    log_std, which goes to the head as it is.
+    """
+    layers = len(actor) // 2 * 2
+    out, cache = mlp_forward(actor[:layers], obs)
+    return [out, *actor[layers:]], cache
+
+
+def policy_backward(
+    actor: list[np.ndarray], cache: list[np.ndarray], d_inputs: list[np.ndarray]
+) -> list[np.ndarray]:
+    """The gradient with respect to actor, in its order, from that of the head's inputs."""
+    layers = len(actor) // 2 * 2
+    d_out, *d_rest = d_inputs
+    return mlp_backward(actor[:layers], cache, d_out) + [d.sum(axis=0) for d in d_rest]
+
+
+# §3  Trajectory -----------------------------------------------------------------------------------
+# First play, then judge. While it plays, the agent needs nothing but the actor's choice; V(s) and
+# log π_θ_k(a|s) follow for the whole rollout at once, in §8.
+
+
+def rollout(
+    envs,
+    head,
+    actor: list[np.ndarray],
+    observe,
+    obs: np.ndarray,
+    num_steps: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Play num_steps steps in each of N environments with the policy (L1).
+
+    envs is a Gymnasium vector environment with NEXT_STEP auto-reset, and obs (N, obs_dim) what it
+    returned last; observe turns such an array into the network's input. Returns observations
+    (T+1, N, obs_dim), actions (T, N, ...), rewards, terminated and truncated (T, N).
+
+    A step that ends an episode returns the episode's true last observation. The step after it
+    resets: it ignores the action, and its row is no transition. Raises FloatingPointError when the
+    environment returns a number that is not finite.
+    """
+    observations = np.empty((num_steps + 1, *obs.shape), np.float32)
+    rewards = np.empty((num_steps, len(obs)), np.float32)
+    terminated, truncated = np.empty_like(rewards, bool), np.empty_like(rewards, bool)
+    actions = []
+    inputs, _ = policy_forward(actor, observe(obs))
+    noise = head.noise(rng, (num_steps, *inputs[0].shape))
+    observations[0] = obs
+    # L1    τ = (s_1, a_1, r_1, s_2, a_2, r_2, ...)
+    for t in range(num_steps):
+        inputs, _ = policy_forward(actor, observe(observations[t]))
+        actions.append(head.sample(noise[t], *inputs))
+        observations[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t])
+        if not np.isfinite(observations[t + 1]).all():
+            raise FloatingPointError(f"an observation is not finite at step {t} of the rollout")
+    if not np.isfinite(rewards).all():
+        t = np.argwhere(~np.isfinite(rewards))[0][0]
+        raise FloatingPointError(f"a reward is not finite at step {t} of the rollout")
+    return observations, np.stack(actions), rewards, terminated, truncated
+
+
+# §4  Advantage ------------------------------------------------------------------------------------
+# How much better was an action than what the critic expected of its state?
+
+
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    gamma: float,
+    lam: float,
+) -> np.ndarray:
+    """Generalized Advantage Estimation (Schulman et al. 2016): Â (T, N) (L5-L9).
+
+    rewards, terminated and truncated are (T, N); values are (T+1, N), so that values[t + 1] is
+    V(s_{t+1}), also when the rollout or a time limit stops the episode at t.
+    """
+    ended = terminated | truncated
+    # L7, L8   δ_t = r_t + γ V(s_{t+1}) - V(s_t), and V is 0 after a true end
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    chain = np.where(ended, 0, gamma * lam).astype(deltas.dtype)
+    advantages = np.empty_like(deltas)
+    advantage = np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        # L9    Â_t = δ_t + γλ Â_{t+1}, within one episode
+        advantage = deltas[t] + chain[t] * advantage
+        advantages[t] = advantage
+    return advantages
+
+
+# §5  Objectives -----------------------------------------------------------------------------------
+# The lecture's ladder. Each rung is a loss for every row (B,), to be minimised on average, and its
+# derivative with respect to that row's log π_θ(a|s). From there the head's and the network's
+# gradients take over. All are called with everything any of them needs; ** takes what one ignores.
+
+
+def policy_gradient(
+    log_prob: np.ndarray, log_prob_old: np.ndarray, advantages: np.ndarray, **_
+) -> tuple[np.ndarray, np.ndarray]:
+    """The plain policy gradient (L4), with the advantage as weight (L6). Right for θ = θ_k only."""
+    # L4, L6   loss = -log π_θ(a|s) Â
+    return -log_prob * advantages, -advantages
+
+
+def importance_sampling(
+    log_prob: np.ndarray, log_prob_old: np.ndarray, advantages: np.ndarray, **_
+) -> tuple[np.ndarray, np.ndarray]:
+    """The surrogate (L12): data of π_θ_k, reweighted by importance sampling (L11), unconstrained."""
+    ratio = np.exp(log_prob - log_prob_old)
+    # L12   loss = -ρ Â;   ∂ρ / ∂ log π = ρ
+    return -ratio * advantages, -ratio * advantages
+
+
+def kl_penalty(
+    log_prob: np.ndarray,
+    log_prob_old: np.ndarray,
+    advantages: np.ndarray,
+    *,
+    kl: np.ndarray,
+    beta: float,
+    **_,
+) -> tuple[np.ndarray, np.ndarray]:
+    """PPO1 (L15). kl (B,) is KL(π_θ_k‖π_θ); its gradient, times beta, is added where kl is made."""
+    ratio = np.exp(log_prob - log_prob_old)
+    # L15   loss = -(ρ Â - β KL)
+    return -(ratio * advantages - beta * kl), -ratio * advantages
+
+
+def clip(
+    log_prob: np.ndarray,
+    log_prob_old: np.ndarray,
+    advantages: np.ndarray,
+    *,
+    epsilon: float,
+    **_,
+) -> tuple[np.ndarray, np.ndarray]:
+    """PPO2 (L16): beyond 1 ± epsilon there is nothing to gain, but always a way back."""
+    ratio = np.exp(log_prob - log_prob_old)
+    surrogate = ratio * advantages
+    clipped = np.clip(ratio, 1 - epsilon, 1 + epsilon) * advantages
+    # L16   loss = -min(ρ Â, clip(ρ, 1-ε, 1+ε) Â), which is flat where the second is the smaller
+    return -np.minimum(surrogate, clipped), -surrogate * (surrogate <= clipped)
+
+
+def adapt_beta(beta: float, kl: float, target: float) -> float:
+    """β for the next iteration, after this one moved the policy by kl on average (L15)."""
+    kl_max, kl_min = 1.5 * target, target / 1.5  # the factors of Schulman et al. 2017
+    # L15   KL > KL_max → β grows, KL < KL_min → β shrinks
+    if kl > kl_max:
+        return min(2 * beta, 1e4)
+    if kl < kl_min:
+        return max(beta / 2, 1e-4)
+    return beta
+
+
+OBJECTIVES = {"pg": policy_gradient, "is": importance_sampling, "kl": kl_penalty, "clip": clip}
+
+# §6  Critic ---------------------------------------------------------------------------------------
+
+
+def value_loss(values: np.ndarray, returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The critic's squared error (B,) for each row and its derivative with respect to values (B,)."""
+    error = values - returns
+    # L18   loss = (V_φ(s) - R̂)²
+    return error * error, 2 * error
+
+
+# §7  Optimiser ------------------------------------------------------------------------------------
+# To the optimiser θ is one long vector, and so is its gradient. The arrays that the networks use are
+# views of it: when the vector moves, they move.
+
+
+def flatten(arrays: list[np.ndarray]) -> np.ndarray:
+    """All elements of the arrays, one after the other, as one vector."""
+    return np.concatenate(arrays, axis=None)
+
+
+def unflatten(vector: np.ndarray, like: list[np.ndarray]) -> list[np.ndarray]:
+    """Views of the vector with the shapes of the arrays in like: flatten's inverse."""
+    ends = np.cumsum([array.size for array in like])
+    pieces = np.split(vector, ends[:-1])
+    return [piece.reshape(array.shape) for piece, array in zip(pieces, like, strict=True)]
+
+
+def clip_by_global_norm(gradient: np.ndarray, max_norm: float) -> np.ndarray:
+    """The gradient, scaled down to the length max_norm where it is longer (Pascanu et al. 2013).
+
+    One that overflowed has lost its direction: zeros are returned for it.
+    """
+    norm = float(np.sqrt(gradient @ gradient))
+    if not np.isfinite(norm):
+        return np.zeros_like(gradient)
+    return gradient * (max_norm / norm) if norm > max_norm else gradient
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) for the parameter vector theta, which step changes in place."""
+
+    def __init__(
+        self, theta: np.ndarray, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5
+    ):
+        self.theta, self.beta1, self.beta2, self.eps = theta, beta1, beta2, eps
+        self.m, self.v, self.t = np.zeros_like(theta), np.zeros_like(theta), 0
+
+    def step(self, gradient: np.ndarray, lr: float) -> None:
+        """Move theta against the gradient, with learning rate lr."""
+        self.t += 1
+        self.m += (1 - self.beta1) * (gradient - self.m)
+        self.v += (1 - self.beta2) * (gradient * gradient - self.v)
+        m_hat = self.m / (1 - self.beta1**self.t)
+        v_hat = self.v / (1 - self.beta2**self.t)
+        self.theta -= lr * m_hat / (np.sqrt(v_hat) + self.eps)
+
+
+# §8  PPO ------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """Something that the user can put right; the message says how."""
+
+
+def setting(default, low, high, help):
+    """A field of Settings, with its range and the help text of its flag."""
+    return field(default=default, metadata={"low": low, "high": high, "help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run. The command line's flags are made from these fields."""
+
+    env: str = setting("CartPole-v1", None, None, "Gymnasium environment, also module:Env-v0")
+    seed: int = setting(0, 0, 2**32 - 1, "of everything random in the run")
+    total_steps: int = setting(100_000, 1, 10**12, "steps, counted over all environments")
+    num_envs: int = setting(8, 1, 4096, "N, environments played side by side")
+    num_steps: int = setting(128, 1, 10**6, "T, steps in each environment between updates")
+    epochs: int = setting(10, 1, 1000, "K, passes over the data of one iteration")
+    minibatch_size: int = setting(256, 1, 10**9, "B, transitions in one gradient step")
+    lr: float = setting(1e-3, 1e-9, 1, "learning rate at the start; falls to 0 linearly")
+    gamma: float = setting(0.99, 0, 1, "γ, discount of future rewards (L5)")
+    lam: float = setting(0.95, 0, 1, "λ of generalized advantage estimation (L9)")
+    objective: str = setting("clip", None, None, "pg (L4), is (L12), kl (L15) or clip (L16)")
+    clip: float = setting(0.2, 1e-3, 10, "ε of the clip objective (L16)")
+    kl_target: float = setting(0.01, 1e-6, 10, "KL around which the kl objective keeps β (L15)")
+    ent_coef: float = setting(0.0, 0, 10, "c, weight of the entropy bonus (L17)")
+    max_grad_norm: float = setting(0.5, 1e-6, 1e6, "longest gradient of either network")
+    hidden: tuple[int, ...] = setting((64, 64), 1, 8192, "sizes of the hidden layers")
+    log_std_init: float = setting(0.0, -5, 2, "log standard deviation of new Gaussian policies")
+    normalize_obs: bool = setting(False, None, None, "standardise observations by running moments")
+    scale_rewards: bool = setting(False, None, None, "divide rewards by the deviation of returns")
+
+    def __post_init__(self):
+        for f in fields(self):
+            low, high, value = f.metadata["low"], f.metadata["high"], getattr(self, f.name)
+            values = value if isinstance(value, tuple) else (value,)
+            if low is not None and not all(low <= v <= high for v in values):
+                flag = f.name.replace("_", "-")
+                raise UsageError(f"--{flag} must be between {low:g} and {high:g}, not {value}")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}")
+        if self.minibatch_size > self.num_envs * self.num_steps:
+            raise UsageError(
+                f"--minibatch-size {self.minibatch_size} is more than a rollout holds: "
+                f"{self.num_envs} environments x {self.num_steps} steps"
+            )
+
+
+TUNED = {}
+
+
+def choose_settings(**chosen) -> Settings:
+    """Settings as chosen; where nothing was chosen, those known to work for the environment."""
+    return Settings(**{**TUNED.get(chosen.get("env", Settings.env), {}), **chosen})
+
+
+def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
+    """N environments behind flat observations (N, obs_dim) and the actions that a head samples.
+
+    Discrete actions count from 0. Box actions are flat; what lies outside the bounds is clipped for
+    the environment only, so learning keeps the action with its own log-probability.
+    """
+    try:
+        envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
+    except (gym.error.Error, ImportError) as error:
+        raise UsageError(f"cannot make {env_id}: {error}") from error
+    obs_space, space = envs.single_observation_space, envs.single_action_space
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        envs = FlattenObservation(envs)
+    if isinstance(space, gym.spaces.Discrete):
+        return TransformAction(envs, lambda actions: actions + space.start)
+    if isinstance(space, gym.spaces.Box):
+        low, high, shape = space.low.ravel(), space.high.ravel(), (num_envs, *space.shape)
+        return TransformAction(
+            envs,
+            lambda actions: np.clip(actions, low, high).reshape(shape).astype(space.dtype),
+        )
+    raise UsageError(f"{env_id} has the action space {space}; only Discrete and Box are supported")
+
+
+class Agent:
+    """Everything that learning changes: both networks, their optimisers, statistics, β, counters."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, settings: Settings):
+        s = self.settings = settings
+        self.rng = np.random.default_rng(s.seed)
+        (obs_dim,) = envs.single_observation_space.shape
+        space = envs.single_action_space
+        if isinstance(space, gym.spaces.Discrete):
+            self.head, size, log_std = Categorical, int(space.n), []
+        else:
+            self.head, size = Gaussian, int(np.prod(space.shape))
+            log_std = [np.full(size, s.log_std_init, np.float32)]
+        # A small last layer: at first no action is preferred, and exploration is even.
+        actor = init_mlp([obs_dim, *s.hidden, size], self.rng, out_gain=0.01) + log_std
+        critic = init_mlp([obs_dim, *s.hidden, 1], self.rng)
+        self.actor_adam, self.critic_adam = Adam(flatten(actor)), Adam(flatten(critic))
+        self.actor = unflatten(self.actor_adam.theta, actor)
+        self.critic = unflatten(self.critic_adam.theta, critic)
+        self.obs_stats, self.return_stats = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
+        # adapt_beta leaves a β of 0 out: the other objectives have no KL term.
+        self.beta = 1.0 if s.objective == "kl" else 0.0
+        self.steps = self.episodes = 0
+
+    def observe(self, obs: np.ndarray) -> np.ndarray:
+        """What the networks see of observations (..., obs_dim)."""
+        if not self.settings.normalize_obs:
+            return obs.astype(np.float32, copy=False)
+        std = np.sqrt(self.obs_stats.var + 1e-8)
+        return ((obs - self.obs_stats.mean) / std).clip(-10, 10).astype(np.float32)
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The greedy actions for observations (N, obs_dim)."""
+        inputs, _ = policy_forward(self.actor, self.observe(obs))
+        return self.head.mode(*inputs)
+
+
+def actor_loss(
+    head,
+    actor: list[np.ndarray],
+    obs: np.ndarray,
+    actions: np.ndarray,
+    inputs_old: list[np.ndarray],
+    log_prob_old: np.ndarray,
+    advantages: np.ndarray,
+    objective,
+    epsilon: float,
+    beta: float,
+    ent_coef: float,
+) -> tuple[float, list[np.ndarray]]:
+    """The actor's mean loss over a minibatch of B rows, and its gradient in the order of actor."""
+    inputs, cache = policy_forward(actor, obs)
+    log_prob, d_log_prob = head.log_prob(actions, *inputs)
+    # Terms whose weight is 0 are not computed.
+    kl, d_kl = head.kl(*inputs_old, *inputs) if beta else (0, None)
+    loss, d_loss = objective(log_prob, log_prob_old, advantages, kl=kl, beta=beta, epsilon=epsilon)
+    d_inputs = [d_loss[:, None] * d for d in d_log_prob]
+    if beta:
+        d_inputs = [d + beta * d_term for d, d_term in zip(d_inputs, d_kl, strict=True)]
+    if ent_coef:
+        # L17   loss - c H(π_θ)
+        entropy, d_entropy = head.entropy(*inputs)
+        loss = loss - ent_coef * entropy
+        d_inputs = [d - ent_coef * d_term for d, d_term in zip(d_inputs, d_entropy, strict=True)]
+    return loss.mean(), policy_backward(actor, cache, [d / len(obs) for d in d_inputs])
+
+
+def critic_loss(
+    critic: list[np.ndarray], obs: np.ndarray, returns: np.ndarray
+) -> tuple[float, list[np.ndarray]]:
+    """The critic's mean loss over a minibatch of B rows (L18), and its gradient."""
+    values, cache = mlp_forward(critic, obs)
+    loss, d_loss = value_loss(values[:, 0], returns)
+    return loss.mean(), mlp_backward(critic, cache, d_loss[:, None] / len(obs))
+
+
+def update(
+    agent: Agent,
+    obs: np.ndarray,
+    actions: np.ndarray,
+    advantages: np.ndarray,
+    returns: np.ndarray,
+    lr: float,
+) -> dict[str, float]:
+    """K epochs of gradient steps on the same B transitions (L10, L19); how far the policy moved."""
+    s, head, actor = agent.settings, agent.head, agent.actor
+    # θ_k is θ before the first step. Rows of their own, because log_std is about to change.
+    inputs, _ = policy_forward(actor, obs)
+    inputs_old = [np.array(np.broadcast_to(x, inputs[0].shape)) for x in inputs]
+    log_prob_old, _ = head.log_prob(actions, *inputs_old)
+    for _ in range(s.epochs):
+        shuffled = agent.rng.permutation(len(obs))
+        for rows in np.array_split(shuffled, -(-len(obs) // s.minibatch_size)):
+            _, grads = actor_loss(
+                head,
+                actor,
+                obs[rows],
+                actions[rows],
+                [x[rows] for x in inputs_old],
+                log_prob_old[rows],
+                advantages[rows],
+                OBJECTIVES[s.objective],
+                s.clip,
+                agent.beta,
+                s.ent_coef,
+            )
+            agent.actor_adam.step(clip_by_global_norm(flatten(grads), s.max_grad_norm), lr)
+            _, grads = critic_loss(agent.critic, obs[rows], returns[rows])
+            agent.critic_adam.step(clip_by_global_norm(flatten(grads), s.max_grad_norm), lr)
+    inputs, _ = policy_forward(actor, obs)
+    log_prob, _ = head.log_prob(actions, *inputs)
+    kl = head.kl(*inputs_old, *inputs)[0].mean()
+    if agent.beta:
+        agent.beta = adapt_beta(agent.beta, kl, s.kl_target)
+    return {
+        "kl": float(kl),
+        "clip_fraction": float((abs(np.exp(log_prob - log_prob_old) - 1) > s.clip).mean()),
+        "entropy": float(head.entropy(*inputs)[0].mean()),
+        "beta": agent.beta,
+    }
+
+
+def learn(agent: Agent, envs: gym.vector.VectorEnv) -> Iterator[dict[str, float]]:
+    """The PPO loop (L19): yields a record after each iteration, until settings.total_steps."""
+    s, N = agent.settings, envs.num_envs
+    obs, _ = envs.reset(seed=int(agent.rng.integers(2**31)))
+    ended_before = np.zeros(N, bool)  # whether the previous row ended an episode
+    so_far, discounted = np.zeros(N), np.zeros(N)  # return of the running episodes
+    recent = deque(maxlen=100)
+    while agent.steps < s.total_steps:
+        lr = s.lr * (1 - agent.steps / s.total_steps)
+        T = min(s.num_steps, -(-(s.total_steps - agent.steps) // N))
+        observations, actions, rewards, terminated, truncated = rollout(
+            envs, agent.head, agent.actor, agent.observe, obs, T, agent.rng
+        )
+        obs = observations[-1]
+        ended = terminated | truncated
+        # The row after an ending only resets: it is no transition, and nothing learns from it.
+        valid = ~np.vstack([ended_before, ended[:-1]])
+        ended_before = ended[-1]
+
+        agent.steps += T * N
+        totals = so_far + np.cumsum(rewards, axis=0, dtype=float)
+        so_far = np.zeros(N)
+        for t, i in np.argwhere(ended):
+            recent.append(totals[t, i] - so_far[i])
+            so_far[i] = totals[t, i]
+        so_far = totals[-1] - so_far
+        agent.episodes += int(ended.sum())
+
+        x = agent.observe(observations)
+        if s.normalize_obs:
+            agent.obs_stats.update(observations[:-1][valid].astype(float))
+        if s.scale_rewards:
+            traces = np.empty((T, N))
+            for t in range(T):
+                discounted = traces[t] = rewards[t] + s.gamma * discounted
+                discounted = discounted * ~ended[t]
+            agent.return_stats.update(traces[valid])
+            rewards /= np.sqrt(agent.return_stats.var + 1e-8)
+        values = mlp_forward(agent.critic, x.reshape((T + 1) * N, -1))[0].reshape(T + 1, N)
+        advantages = gae(rewards, values, terminated, truncated, s.gamma, s.lam)
+        returns = advantages + values[:-1]
+        A = advantages[valid]
+        metrics = update(
+            agent,
+            x[:-1][valid],
+            actions[valid],
+            (A - A.mean()) / (A.std() + 1e-8),
+            returns[valid],
+            lr,
+        )
+        yield {
+            "steps": agent.steps,
+            "episodes": agent.episodes,
+            "mean_return": float(np.mean(recent)) if recent else float("nan"),
+            **metrics,
+            "explained_variance": float(1 - A.var() / (returns[valid].var() + 1e-8)),
+        }
+
+
+def train(**chosen) -> tuple[Agent, list[dict[str, float]]]:
+    """Train from a notebook: train(env="CartPole-v1", seed=1, ...), with the names of Settings.
+
+    Returns the agent (agent.act(obs) acts greedily, agent.actor are the parameters) and the
+    history, one record for each iteration. Raises UsageError for settings that cannot work.
+    """
+    settings = choose_settings(**chosen)
+    envs = make_envs(settings.env, settings.num_envs)
+    with contextlib.closing(envs):
+        agent = Agent(envs, settings)
+        return agent, list(learn(agent, envs))
+
+
+def evaluate(agent: Agent, episodes: int = 100, render: bool = False) -> np.ndarray:
+    """The returns (episodes,) of greedy episodes, on seeds that training has not seen."""
+    env_id = agent.settings.env
+    kwargs = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
+    if gym.spec(env_id.split(":")[-1]).max_episode_steps is None:
+        # Without a time limit, a greedy policy that walks in circles would never come to an end.
+        kwargs |= {"vectorization_mode": "sync", "max_episode_steps": 1000}
+    n = 1 if render else min(episodes, 10)
+    envs = make_envs(env_id, n, **kwargs)
+    # Each environment plays a fixed number of episodes: to take the first to end favours the short.
+    left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+    returns, so_far = [], np.zeros(n)
+    with contextlib.closing(envs):
+        seed = np.random.SeedSequence([agent.settings.seed, 1]).generate_state(1)[0]
+        obs, _ = envs.reset(seed=int(seed))
+        while left.any():
+            obs, rewards, terminated, truncated, _ = envs.step(agent.act(obs))
+            so_far += rewards
+            for i in np.flatnonzero(terminated | truncated):
+                if left[i]:
+                    returns.append(so_far[i])
+                    left[i] -= 1
+                so_far[i] = 0
+    return np.array(returns)
+
+
+# §9  Command line ---------------------------------------------------------------------------------
+
+
+def pack(agent: Agent) -> dict[str, np.ndarray]:
+    """A copy of all that learning has changed, as plain arrays."""
+    rest = {
+        "settings": asdict(agent.settings),
+        "steps": agent.steps,
+        "episodes": agent.episodes,
+        "beta": agent.beta,
+        "adam_t": agent.actor_adam.t,
+        "obs_count": agent.obs_stats.count,
+        "return_stats": [float(x) for x in vars(agent.return_stats).values()],
+        "rng": agent.rng.bit_generator.state,
+    }
+    return {
+        **{f"actor_{i}": array.copy() for i, array in enumerate(agent.actor)},
+        **{f"critic_{i}": array.copy() for i, array in enumerate(agent.critic)},
+        "actor_m": agent.actor_adam.m.copy(),
+        "actor_v": agent.actor_adam.v.copy(),
+        "critic_m": agent.critic_adam.m.copy(),
+        "critic_v": agent.critic_adam.v.copy(),
+        "obs_mean": agent.obs_stats.mean,
+        "obs_var": agent.obs_stats.var,
+        "rest": np.array(json.dumps(rest)),
+    }
+
+
+def unpack(agent: Agent, state: dict[str, np.ndarray]) -> None:
+    """Put an agent into the state that pack has copied."""
+    for name in ("actor", "critic"):
+        for i, array in enumerate(getattr(agent, name)):
+            array[:] = state[f"{name}_{i}"]
+        adam = getattr(agent, f"{name}_adam")
+        adam.m[:], adam.v[:] = state[f"{name}_m"], state[f"{name}_v"]
+    rest = json.loads(str(state["rest"]))
+    agent.steps, agent.episodes, agent.beta = rest["steps"], rest["episodes"], rest["beta"]
+    agent.actor_adam.t = agent.critic_adam.t = rest["adam_t"]
+    agent.obs_stats.mean, agent.obs_stats.var = state["obs_mean"], state["obs_var"]
+    agent.obs_stats.count = rest["obs_count"]
+    stats = agent.return_stats
+    stats.mean, stats.var, stats.count = rest["return_stats"]
+    agent.rng.bit_generator.state = rest["rng"]
+
+
+def save(path: str, state: dict[str, np.ndarray]) -> None:
+    """Write a policy file: whole or not at all, whatever happens meanwhile. Raises OSError."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **state)
+    with open(path + ".tmp", "wb") as file:
+        file.write(buffer.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def load(path: str) -> tuple[Settings, dict[str, np.ndarray]]:
+    """Read a policy file. Raises UsageError for anything else, and never runs what is in it."""
+    try:
+        if os.path.getsize(path) > 2**30:
+            raise ValueError("it is larger than 1 GiB")
+        with np.load(path, allow_pickle=False) as file:
+            state = dict(file)
+        rest = json.loads(str(state["rest"]))
+        rest["settings"]["hidden"] = tuple(rest["settings"]["hidden"])
+        return Settings(**rest["settings"]), state
+    except Exception as error:
+        raise UsageError(f"cannot read {path} as a policy: {error}") from error
+
+
+def draw_curve(history: list[dict[str, float]], width: int = 72, height: int = 8) -> str:
+    """Mean return over steps, drawn with text."""
+    points = [
+        (r["steps"], r["mean_return"]) for r in history if r["mean_return"] == r["mean_return"]
+    ]
+    if not points:
+        return "no episode has ended yet"
+    steps, values = np.array(points).T
+    values = np.interp(np.linspace(steps[0], steps[-1], width), steps, values)
+    low, high = values.min(), values.max()
+    eighths = np.round((values - low) / (high - low or 1) * (8 * height - 1)).astype(int) + 1
+    lines = []
+    for row in reversed(range(height)):
+        label = f"{high:10.1f}" if row == height - 1 else f"{low:10.1f}" if row == 0 else " " * 10
+        bars = np.clip(eighths - 8 * row, 0, 8)
+        lines.append(label + " |" + "".join(" ▁▂▃▄▅▆▇█"[k] for k in bars))
+    return "\n".join(
+        [*lines, f"{'mean return':>10} over {steps[0]:,.0f} to {steps[-1]:,.0f} steps"]
+    )
+
+
+class Display:
+    """A row now and then; on a terminal also a live line below."""
+
+    COLUMNS = {
+        "steps": ("steps", ",.0f"),
+        "episodes": ("episodes", ",.0f"),
+        "mean_return": ("return", ".2f"),
+        "kl": ("KL", ".4f"),
+        "clip_fraction": ("clipped", ".3f"),
+        "entropy": ("entropy", ".3f"),
+        "explained_variance": ("expl.var", ".3f"),
+        "beta": ("beta", ".3g"),
+    }
+
+    def __init__(self, agent: Agent):
+        self.total, self.first, self.start = (
+            agent.settings.total_steps,
+            agent.steps,
+            time.monotonic(),
+        )
+        self.next_row, self.last_live = 0, 0.0
+        self.terminal = sys.stdout.isatty()
+        self.clear = "\r\x1b[K" if self.terminal else ""
+        self.names = [name for name in self.COLUMNS if name != "beta" or agent.beta]
+        print("".join(f"{self.COLUMNS[name][0]:>11}" for name in self.names), flush=True)
+
+    def show(self, record: dict[str, float]) -> None:
+        steps, now = record["steps"], time.monotonic()
+        if steps >= self.next_row or steps == self.total:
+            row = "".join(f"{record[name]:>11{self.COLUMNS[name][1]}}" for name in self.names)
+            print(self.clear + row, flush=True)
+            self.next_row = steps + self.total // 20
+        if self.terminal and now - self.last_live > 0.1:
+            speed = (steps - self.first) / (now - self.start)
+            print(
+                f"{self.clear}{steps / self.total:5.0%}  {speed:,.0f} steps/s  "
+                f"{(self.total - steps) / speed:,.0f} s left  return {record['mean_return']:.2f}",
+                end="",
+                flush=True,
+            )
+            self.last_live = now
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The options of the command line itself, and the settings that were chosen."""
+    parser = Parser(prog="ppo.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    group = parser.add_argument_group("settings")
+    for f in fields(Settings):
+        options = {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} ({f.default})"}
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(f.default, tuple):
+            options |= {"type": int, "nargs": "+", "metavar": "SIZE"}
+        else:
+            options |= {"type": f.type, "metavar": f.type.__name__.upper()}
+        group.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    group = parser.add_argument_group("files")
+    group.add_argument("--save", metavar="FILE", help="keep the policy in this file")
+    group.add_argument(
+        "--save-every", type=int, metavar="INT", help="iterations between saves (10)"
+    )
+    group.add_argument("--load", metavar="FILE", help="go on training the policy in this file")
+    group.add_argument("--log", metavar="FILE", help="write one CSV row for each iteration")
+    group = parser.add_argument_group("watching a policy")
+    group.add_argument("--play", metavar="FILE", help="evaluate this policy without training")
+    group.add_argument("--episodes", type=int, metavar="INT", help="episodes of evaluation (100)")
+    group.add_argument("--render", action="store_true", help="show them in a window")
+    args = parser.parse_args(argv)
+    chosen = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
+    if "hidden" in chosen:
+        chosen["hidden"] = tuple(chosen["hidden"])
+    for flag, value in ("--episodes", args.episodes), ("--save-every", args.save_every):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, not {value}")
+    if args.save_every and not args.save:
+        raise UsageError("--save-every needs --save FILE")
+    if args.render and not args.play:
+        raise UsageError("--render needs --play FILE")
+    if args.play and (args.load or args.save or args.log or chosen.keys() - {"env", "seed"}):
+        raise UsageError("--play does not train: it goes with --episodes, --render, --seed only")
+    return args, chosen
+
+
+def restore(path: str, chosen: dict) -> tuple[Agent, gym.vector.VectorEnv]:
+    """The agent in a policy file and environments to go on with."""
+    settings, state = load(path)
+    for name in {"env", "hidden"} & chosen.keys():
+        if chosen[name] != getattr(settings, name):
+            raise UsageError(
+                f"{path} holds a policy for {name} {getattr(settings, name)}, not {chosen[name]}"
+            )
+    settings = replace(settings, **chosen)
+    envs = make_envs(settings.env, settings.num_envs)
+    agent = Agent(envs, settings)
+    try:
+        for name, array in pack(agent).items():
+            if name != "rest" and state[name].shape != array.shape:
+                raise ValueError(f"its {name} has the shape {state[name].shape}, not {array.shape}")
+        unpack(agent, state)
+    except Exception as error:
+        raise UsageError(f"{path} does not fit {settings.env}: {error}") from error
+    return agent, envs
+
+
+def report(agent: Agent, episodes: int, render: bool = False) -> None:
+    """Print a greedy evaluation."""
+    try:
+        returns = evaluate(agent, episodes, render)
+    except gym.error.DependencyNotInstalled as error:
+        raise UsageError(str(error)) from error
+    print(
+        f"greedy evaluation over {episodes} episodes: mean {returns.mean():.2f} "
+        f"± {returns.std():.2f}, min {returns.min():.2f}, max {returns.max():.2f}"
+    )
+
+
+def run(args: argparse.Namespace, chosen: dict) -> int:
+    """Train, watch and keep the agent; the exit status."""
+    if args.load:
+        agent, envs = restore(args.load, chosen)
+    else:
+        settings = choose_settings(**chosen)
+        envs = make_envs(settings.env, settings.num_envs)
+        agent = Agent(envs, settings)
+    s = agent.settings
+    if agent.steps >= s.total_steps:
+        raise UsageError(
+            f"{args.load} is already trained for {agent.steps} steps: give more --total-steps"
+        )
+    if args.save:
+        if os.path.exists(args.save) and not os.path.isfile(args.save):
+            raise UsageError(f"--save {args.save} is not a file")
+        open(args.save + ".tmp", "wb").close()
+        os.remove(args.save + ".tmp")
+    log = open(args.log, "a" if args.load else "w", newline="") if args.log else None
+    flags = []
+    for name, value in asdict(s).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            flags.append(f"--{flag} {value}")
+    print(textwrap.fill(" ".join(["settings:", *flags]), 100, subsequent_indent="    "))
+    display, history, state, interrupted = Display(agent), [], None, False
+    try:
+        for record in learn(agent, envs):
+            history.append(record)
+            state = pack(agent)
+            display.show(record)
+            if log:
+                writer = csv.DictWriter(log, record.keys())
+                if log.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(record)
+                log.flush()
+            if args.save and len(history) % (args.save_every or 10) == 0:
+                try:
+                    save(args.save, state)
+                except OSError as error:
+                    print(f"ppo.py: cannot save: {error}; the run goes on", file=sys.stderr)
+    except KeyboardInterrupt:
+        interrupted = True
+        if state:
+            unpack(agent, state)
+    finally:
+        if args.save and state:
+            save(args.save, state)
+    print(display.clear + draw_curve(history))
+    report(agent, 5 if interrupted else args.episodes or 100)
+    return 130 if interrupted else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    # What is not finite is looked for where it matters; numpy's warnings would only come on top.
+    np.seterr(all="ignore")
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        args, chosen = parse(argv)
+        if not args.play:
+            return run(args, chosen)
+        agent, envs = restore(args.play, chosen)
+        envs.close()
+        report(agent, args.episodes or 100, args.render)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Nobody reads any more (| head): leave nothing for Python to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UsageError, FloatingPointError, OSError, MemoryError) as error:
+        print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
