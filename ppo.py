@@ -47,6 +47,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import sys
 import textwrap
 import time
@@ -65,8 +66,8 @@ from gymnasium.wrappers.vector import FlattenObservation, TransformAction
 
 
 def init_mlp(
-    sizes: list[int], rng: np.random.Generator, out_gain: float = 1.0, dtype: type = np.float32
-) -> list[np.ndarray]:
+    sizes: list, rng: np.random.Generator, out_gain: float = 1.0, dtype: type = np.float32
+) -> list:
     """Initial parameters [W1, b1, W2, b2, ...] of a network with these layer sizes.
 
     W has the shape (fan_in, fan_out) and is orthogonal (Saxe et al. 2014): its rows or columns,
@@ -84,7 +85,7 @@ def init_mlp(
     return params
 
 
-def mlp_forward(params: list[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def mlp_forward(params: list, x: np.ndarray) -> tuple:
     """The network's output (B, out) for inputs x (B, in), and the input of each layer as cache."""
     cache = []
     for i in range(0, len(params), 2):
@@ -97,16 +98,14 @@ def mlp_forward(params: list[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, li
     return x, cache
 
 
-def mlp_backward(
-    params: list[np.ndarray], cache: list[np.ndarray], dout: np.ndarray
-) -> list[np.ndarray]:
+def mlp_backward(params: list, cache: list, dout: np.ndarray) -> list:
     """The gradient of a loss with respect to params, in their order, from dout = ∂loss/∂output."""
     grads = []
     for i in range(len(params) - 2, -1, -2):
         W, x = params[i], cache[i // 2]
         grads = [x.T @ dout, dout.sum(axis=0)] + grads
         if i > 0:
-            dout = dout @ W.T
+            dout = np.dot(dout, W.T)  # @ is slow where W has a single column
             dout *= 1 - x * x  # x = tanh(z), and tanh'(z) = 1 - tanh²(z)
     return grads
 
@@ -129,7 +128,7 @@ class Categorical:
     """A choice among n actions, π(a|s) = softmax(logits)_a. Input: logits (B, n)."""
 
     @staticmethod
-    def noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    def noise(rng: np.random.Generator, shape: tuple) -> np.ndarray:
         """What sample needs, for inputs of this shape."""
         return rng.gumbel(size=shape).astype(np.float32)
 
@@ -144,7 +143,7 @@ class Categorical:
         return logits.argmax(axis=-1)
 
     @staticmethod
-    def log_prob(actions: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def log_prob(actions: np.ndarray, logits: np.ndarray) -> tuple:
         """log π(a|s) (B,) for actions (B,), and its gradient [(B, n)]."""
         log_probs, rows = log_softmax(logits), np.arange(len(actions))
         # ∂ log π(a) / ∂ logits = onehot(a) - π
@@ -153,7 +152,7 @@ class Categorical:
         return log_probs[rows, actions], [d_logits]
 
     @staticmethod
-    def entropy(logits: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def entropy(logits: np.ndarray) -> tuple:
         """H(π) (B,), and its gradient [(B, n)]."""
         log_probs = log_softmax(logits)
         probs = np.exp(log_probs)
@@ -162,7 +161,7 @@ class Categorical:
         return entropy, [-probs * (log_probs + entropy[:, None])]
 
     @staticmethod
-    def kl(logits_old: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def kl(logits_old: np.ndarray, logits: np.ndarray) -> tuple:
         """KL(π_old‖π) (B,), and its gradient [(B, n)] with respect to logits."""
         log_probs_old, log_probs = log_softmax(logits_old), log_softmax(logits)
         probs_old = np.exp(log_probs_old)
@@ -179,7 +178,7 @@ class Gaussian:
     """
 
     @staticmethod
-    def noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    def noise(rng: np.random.Generator, shape: tuple) -> np.ndarray:
         """What sample needs, for inputs of this shape."""
         return rng.standard_normal(shape, dtype=np.float32)
 
@@ -194,9 +193,7 @@ class Gaussian:
         return mean
 
     @staticmethod
-    def log_prob(
-        actions: np.ndarray, mean: np.ndarray, log_std: np.ndarray
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
+    def log_prob(actions: np.ndarray, mean: np.ndarray, log_std: np.ndarray) -> tuple:
         """log π(a|s) (B,) for actions (B, d), and its gradient [(B, d), (B, d)]."""
         std = np.exp(log_std)
         z = (actions - mean) / std
@@ -204,7 +201,7 @@ class Gaussian:
         return log_prob, [z / std, z * z - 1]
 
     @staticmethod
-    def entropy(mean: np.ndarray, log_std: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def entropy(mean: np.ndarray, log_std: np.ndarray) -> tuple:
         """H(π) (B,), and its gradient [(B, d), (B, d)]."""
         # L17   H = Σ log std + ½ log(2πe)
         entropy = (log_std + 0.5 * float(np.log(2 * np.pi * np.e))).sum()
@@ -213,7 +210,7 @@ class Gaussian:
     @staticmethod
     def kl(
         mean_old: np.ndarray, log_std_old: np.ndarray, mean: np.ndarray, log_std: np.ndarray
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
+    ) -> tuple:
         """KL(π_old‖π) (B,), and its gradient [(B, d), (B, d)] with respect to mean, log_std."""
         std, std_old = np.exp(log_std), np.exp(log_std_old)
         shift, spread = (mean - mean_old) / std, (std_old / std) ** 2
@@ -222,9 +219,7 @@ class Gaussian:
         return kl, [shift / std, 1 - spread - shift * shift]
 
 
-def policy_forward(
-    actor: list[np.ndarray], obs: np.ndarray
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def policy_forward(actor: list, obs: np.ndarray) -> tuple:
     """The head's inputs for observations (B, obs_dim), and the network's cache.
 
     actor holds the network's parameters, an even number of arrays, and behind them the Gaussian's
@@ -235,9 +230,7 @@ def policy_forward(
     return [out, *actor[layers:]], cache
 
 
-def policy_backward(
-    actor: list[np.ndarray], cache: list[np.ndarray], d_inputs: list[np.ndarray]
-) -> list[np.ndarray]:
+def policy_backward(actor: list, cache: list, d_inputs: list) -> list:
     """The gradient with respect to actor, in its order, from that of the head's inputs."""
     layers = len(actor) // 2 * 2
     d_out, *d_rest = d_inputs
@@ -250,14 +243,8 @@ def policy_backward(
 
 
 def rollout(
-    envs,
-    head,
-    actor: list[np.ndarray],
-    observe,
-    obs: np.ndarray,
-    num_steps: int,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    envs, head, actor: list, observe, obs: np.ndarray, num_steps: int, rng: np.random.Generator
+) -> tuple:
     """Play num_steps steps in each of N environments with the policy (L1).
 
     envs is a Gymnasium vector environment with NEXT_STEP auto-reset, and obs (N, obs_dim) what it
@@ -280,11 +267,13 @@ def rollout(
         inputs, _ = policy_forward(actor, observe(observations[t]))
         actions.append(head.sample(noise[t], *inputs))
         observations[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t])
-        if not np.isfinite(observations[t + 1]).all():
-            raise FloatingPointError(f"an observation is not finite at step {t} of the rollout")
+        if not np.isfinite(observations[t : t + 2]).all():
+            raise FloatingPointError(
+                f"an observation is not finite in float32, at step {t} of a rollout"
+            )
     if not np.isfinite(rewards).all():
         t = np.argwhere(~np.isfinite(rewards))[0][0]
-        raise FloatingPointError(f"a reward is not finite at step {t} of the rollout")
+        raise FloatingPointError(f"a reward is not finite in float32, at step {t} of a rollout")
     return observations, np.stack(actions), rewards, terminated, truncated
 
 
@@ -326,7 +315,7 @@ def gae(
 
 def policy_gradient(
     log_prob: np.ndarray, log_prob_old: np.ndarray, advantages: np.ndarray, **_
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple:
     """The plain policy gradient (L4), with the advantage as weight (L6). Right for θ = θ_k only."""
     # L4, L6   loss = -log π_θ(a|s) Â
     return -log_prob * advantages, -advantages
@@ -334,7 +323,7 @@ def policy_gradient(
 
 def importance_sampling(
     log_prob: np.ndarray, log_prob_old: np.ndarray, advantages: np.ndarray, **_
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple:
     """The surrogate (L12): data of π_θ_k, reweighted by importance sampling (L11), unconstrained."""
     ratio = np.exp(log_prob - log_prob_old)
     # L12   loss = -ρ Â;   ∂ρ / ∂ log π = ρ
@@ -349,7 +338,7 @@ def kl_penalty(
     kl: np.ndarray,
     beta: float,
     **_,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple:
     """PPO1 (L15). kl (B,) is KL(π_θ_k‖π_θ); its gradient, times beta, is added where kl is made."""
     ratio = np.exp(log_prob - log_prob_old)
     # L15   loss = -(ρ Â - β KL)
@@ -357,13 +346,8 @@ def kl_penalty(
 
 
 def clip(
-    log_prob: np.ndarray,
-    log_prob_old: np.ndarray,
-    advantages: np.ndarray,
-    *,
-    epsilon: float,
-    **_,
-) -> tuple[np.ndarray, np.ndarray]:
+    log_prob: np.ndarray, log_prob_old: np.ndarray, advantages: np.ndarray, *, epsilon: float, **_
+) -> tuple:
     """PPO2 (L16): beyond 1 ± epsilon there is nothing to gain, but always a way back."""
     ratio = np.exp(log_prob - log_prob_old)
     surrogate = ratio * advantages
@@ -388,7 +372,7 @@ OBJECTIVES = {"pg": policy_gradient, "is": importance_sampling, "kl": kl_penalty
 # §6  Critic ---------------------------------------------------------------------------------------
 
 
-def value_loss(values: np.ndarray, returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def value_loss(values: np.ndarray, returns: np.ndarray) -> tuple:
     """The critic's squared error (B,) for each row and its derivative with respect to values (B,)."""
     error = values - returns
     # L18   loss = (V_φ(s) - R̂)²
@@ -400,12 +384,12 @@ def value_loss(values: np.ndarray, returns: np.ndarray) -> tuple[np.ndarray, np.
 # views of it: when the vector moves, they move.
 
 
-def flatten(arrays: list[np.ndarray]) -> np.ndarray:
+def flatten(arrays: list) -> np.ndarray:
     """All elements of the arrays, one after the other, as one vector."""
     return np.concatenate(arrays, axis=None)
 
 
-def unflatten(vector: np.ndarray, like: list[np.ndarray]) -> list[np.ndarray]:
+def unflatten(vector: np.ndarray, like: list) -> list:
     """Views of the vector with the shapes of the arrays in like: flatten's inverse."""
     ends = np.cumsum([array.size for array in like])
     pieces = np.split(vector, ends[:-1])
@@ -443,40 +427,41 @@ class Adam:
 
 
 # §8  PPO ------------------------------------------------------------------------------------------
+# The loop of L19 needs settings, environments and an agent: everything that learning changes.
 
 
 class UsageError(ValueError):
     """Something that the user can put right; the message says how."""
 
 
-def setting(default, low, high, help):
-    """A field of Settings, with its range and the help text of its flag."""
-    return field(default=default, metadata={"low": low, "high": high, "help": help})
+def setting(default, help: str, low=None, high=None):
+    """A field of Settings, with the help text of its flag and the range of its numbers."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. The command line's flags are made from these fields."""
+    """Every setting of a run; the command line is made from these fields. Raises UsageError."""
 
-    env: str = setting("CartPole-v1", None, None, "Gymnasium environment, also module:Env-v0")
-    seed: int = setting(0, 0, 2**32 - 1, "of everything random in the run")
-    total_steps: int = setting(100_000, 1, 10**12, "steps, counted over all environments")
-    num_envs: int = setting(8, 1, 4096, "N, environments played side by side")
-    num_steps: int = setting(128, 1, 10**6, "T, steps in each environment between updates")
-    epochs: int = setting(10, 1, 1000, "K, passes over the data of one iteration")
-    minibatch_size: int = setting(256, 1, 10**9, "B, transitions in one gradient step")
-    lr: float = setting(1e-3, 1e-9, 1, "learning rate at the start; falls to 0 linearly")
-    gamma: float = setting(0.99, 0, 1, "γ, discount of future rewards (L5)")
-    lam: float = setting(0.95, 0, 1, "λ of generalized advantage estimation (L9)")
-    objective: str = setting("clip", None, None, "pg (L4), is (L12), kl (L15) or clip (L16)")
-    clip: float = setting(0.2, 1e-3, 10, "ε of the clip objective (L16)")
-    kl_target: float = setting(0.01, 1e-6, 10, "KL around which the kl objective keeps β (L15)")
-    ent_coef: float = setting(0.0, 0, 10, "c, weight of the entropy bonus (L17)")
-    max_grad_norm: float = setting(0.5, 1e-6, 1e6, "longest gradient of either network")
-    hidden: tuple[int, ...] = setting((64, 64), 1, 8192, "sizes of the hidden layers")
-    log_std_init: float = setting(0.0, -5, 2, "log standard deviation of new Gaussian policies")
-    normalize_obs: bool = setting(False, None, None, "standardise observations by running moments")
-    scale_rewards: bool = setting(False, None, None, "divide rewards by the deviation of returns")
+    env: str = setting("CartPole-v1", "Gymnasium environment, also module:Env-v0")
+    seed: int = setting(0, "seed of everything random", 0, 2**32 - 1)
+    total_steps: int = setting(100_000, "steps to learn from, in all environments", 1, 10**12)
+    num_envs: int = setting(16, "N, environments side by side", 1, 4096)
+    num_steps: int = setting(64, "T, steps in each environment between updates", 1, 10**6)
+    epochs: int = setting(6, "K, passes over the same data (L10)", 1, 1000)
+    minibatch_size: int = setting(128, "B, transitions in one gradient step", 1, 10**9)
+    lr: float = setting(2e-3, "learning rate at the start; it falls to 0 linearly", 1e-9, 1)
+    gamma: float = setting(0.99, "γ, discount (L5)", 0, 1)
+    lam: float = setting(0.95, "λ of GAE (L9)", 0, 1)
+    objective: str = setting("clip", "pg (L4), is (L12), kl (L15) or clip (L16)")
+    clip: float = setting(0.2, "ε of the clip objective (L16)", 1e-3, 10)
+    kl_target: float = setting(0.01, "KL that β steers to in the kl objective (L15)", 1e-6, 10)
+    ent_coef: float = setting(0.0, "c, weight of the entropy bonus (L17)", 0, 10)
+    max_grad_norm: float = setting(0.5, "length to which gradients are clipped", 1e-6, 1e6)
+    hidden: tuple[int, ...] = setting((64, 64), "sizes of the hidden layers", 1, 8192)
+    log_std_init: float = setting(0.0, "log_std of a new Gaussian policy", -5, 2)
+    normalize_obs: bool = setting(False, "standardise observations with running moments")
+    scale_rewards: bool = setting(False, "divide rewards by the deviation of the running return")
 
     def __post_init__(self):
         for f in fields(self):
@@ -494,6 +479,7 @@ class Settings:
             )
 
 
+# Settings known to work, for environments that the defaults do not serve.
 TUNED = {}
 
 
@@ -503,31 +489,31 @@ def choose_settings(**chosen) -> Settings:
 
 
 def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
-    """N environments behind flat observations (N, obs_dim) and the actions that a head samples.
+    """N environments with flat observations (N, obs_dim) and the actions that a head samples.
 
-    Discrete actions count from 0. Box actions are flat; what lies outside the bounds is clipped for
-    the environment only, so learning keeps the action with its own log-probability.
+    Discrete actions count from 0. Box actions are flat; they are clipped to their bounds for the
+    environment alone: learning keeps the action that was sampled, with its own log-probability.
+    Raises UsageError for environments that cannot be made or have other action spaces.
     """
     try:
         envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         raise UsageError(f"cannot make {env_id}: {error}") from error
     obs_space, space = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = FlattenObservation(envs)
     if isinstance(space, gym.spaces.Discrete):
-        return TransformAction(envs, lambda actions: actions + space.start)
+        return TransformAction(envs, lambda a: a + space.start) if space.start else envs
     if isinstance(space, gym.spaces.Box):
         low, high, shape = space.low.ravel(), space.high.ravel(), (num_envs, *space.shape)
         return TransformAction(
-            envs,
-            lambda actions: np.clip(actions, low, high).reshape(shape).astype(space.dtype),
+            envs, lambda a: np.clip(a, low, high).reshape(shape).astype(space.dtype)
         )
     raise UsageError(f"{env_id} has the action space {space}; only Discrete and Box are supported")
 
 
 class Agent:
-    """Everything that learning changes: both networks, their optimisers, statistics, β, counters."""
+    """Both networks, their optimisers, running statistics, β and counters."""
 
     def __init__(self, envs: gym.vector.VectorEnv, settings: Settings):
         s = self.settings = settings
@@ -539,47 +525,46 @@ class Agent:
         else:
             self.head, size = Gaussian, int(np.prod(space.shape))
             log_std = [np.full(size, s.log_std_init, np.float32)]
-        # A small last layer: at first no action is preferred, and exploration is even.
+        # A small last layer: at first no action is preferred in any state.
         actor = init_mlp([obs_dim, *s.hidden, size], self.rng, out_gain=0.01) + log_std
         critic = init_mlp([obs_dim, *s.hidden, 1], self.rng)
         self.actor_adam, self.critic_adam = Adam(flatten(actor)), Adam(flatten(critic))
         self.actor = unflatten(self.actor_adam.theta, actor)
         self.critic = unflatten(self.critic_adam.theta, critic)
         self.obs_stats, self.return_stats = RunningMeanStd(shape=(obs_dim,)), RunningMeanStd()
-        # adapt_beta leaves a β of 0 out: the other objectives have no KL term.
         self.beta = 1.0 if s.objective == "kl" else 0.0
         self.steps = self.episodes = 0
 
     def observe(self, obs: np.ndarray) -> np.ndarray:
         """What the networks see of observations (..., obs_dim)."""
         if not self.settings.normalize_obs:
-            return obs.astype(np.float32, copy=False)
+            return obs
         std = np.sqrt(self.obs_stats.var + 1e-8)
         return ((obs - self.obs_stats.mean) / std).clip(-10, 10).astype(np.float32)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The greedy actions for observations (N, obs_dim)."""
-        inputs, _ = policy_forward(self.actor, self.observe(obs))
+        inputs, _ = policy_forward(self.actor, self.observe(np.asarray(obs, np.float32)))
         return self.head.mode(*inputs)
 
 
 def actor_loss(
     head,
-    actor: list[np.ndarray],
+    actor: list,
     obs: np.ndarray,
     actions: np.ndarray,
-    inputs_old: list[np.ndarray],
     log_prob_old: np.ndarray,
     advantages: np.ndarray,
+    inputs_old: list,
     objective,
     epsilon: float,
     beta: float,
     ent_coef: float,
-) -> tuple[float, list[np.ndarray]]:
-    """The actor's mean loss over a minibatch of B rows, and its gradient in the order of actor."""
+) -> tuple:
+    """The actor's loss for each row of a minibatch (B,), and the gradient of its mean."""
     inputs, cache = policy_forward(actor, obs)
     log_prob, d_log_prob = head.log_prob(actions, *inputs)
-    # Terms whose weight is 0 are not computed.
+    # Terms with weight 0 are not computed.
     kl, d_kl = head.kl(*inputs_old, *inputs) if beta else (0, None)
     loss, d_loss = objective(log_prob, log_prob_old, advantages, kl=kl, beta=beta, epsilon=epsilon)
     d_inputs = [d_loss[:, None] * d for d in d_log_prob]
@@ -590,16 +575,14 @@ def actor_loss(
         entropy, d_entropy = head.entropy(*inputs)
         loss = loss - ent_coef * entropy
         d_inputs = [d - ent_coef * d_term for d, d_term in zip(d_inputs, d_entropy, strict=True)]
-    return loss.mean(), policy_backward(actor, cache, [d / len(obs) for d in d_inputs])
+    return loss, policy_backward(actor, cache, [d / len(obs) for d in d_inputs])
 
 
-def critic_loss(
-    critic: list[np.ndarray], obs: np.ndarray, returns: np.ndarray
-) -> tuple[float, list[np.ndarray]]:
-    """The critic's mean loss over a minibatch of B rows (L18), and its gradient."""
+def critic_loss(critic: list, obs: np.ndarray, returns: np.ndarray) -> tuple:
+    """The critic's loss for each row of a minibatch (B,), and the gradient of its mean (L18)."""
     values, cache = mlp_forward(critic, obs)
     loss, d_loss = value_loss(values[:, 0], returns)
-    return loss.mean(), mlp_backward(critic, cache, d_loss[:, None] / len(obs))
+    return loss, mlp_backward(critic, cache, d_loss[:, None] / len(obs))
 
 
 def update(
@@ -609,115 +592,136 @@ def update(
     advantages: np.ndarray,
     returns: np.ndarray,
     lr: float,
-) -> dict[str, float]:
-    """K epochs of gradient steps on the same B transitions (L10, L19); how far the policy moved."""
-    s, head, actor = agent.settings, agent.head, agent.actor
-    # θ_k is θ before the first step. Rows of their own, because log_std is about to change.
-    inputs, _ = policy_forward(actor, obs)
+) -> dict:
+    """K epochs of gradient steps on the same transitions (L10); how far they moved the policy."""
+    s, head = agent.settings, agent.head
+    # θ_k is θ before the first step. Its log_std is copied, row by row: it is about to change.
+    inputs, _ = policy_forward(agent.actor, obs)
     inputs_old = [np.array(np.broadcast_to(x, inputs[0].shape)) for x in inputs]
     log_prob_old, _ = head.log_prob(actions, *inputs_old)
     for _ in range(s.epochs):
         shuffled = agent.rng.permutation(len(obs))
-        for rows in np.array_split(shuffled, -(-len(obs) // s.minibatch_size)):
+        for rows in np.array_split(shuffled, math.ceil(len(obs) / s.minibatch_size)):
+            seen = obs[rows]
             _, grads = actor_loss(
                 head,
-                actor,
-                obs[rows],
+                agent.actor,
+                seen,
                 actions[rows],
-                [x[rows] for x in inputs_old],
                 log_prob_old[rows],
                 advantages[rows],
+                [x[rows] for x in inputs_old],
                 OBJECTIVES[s.objective],
                 s.clip,
                 agent.beta,
                 s.ent_coef,
             )
             agent.actor_adam.step(clip_by_global_norm(flatten(grads), s.max_grad_norm), lr)
-            _, grads = critic_loss(agent.critic, obs[rows], returns[rows])
+            _, grads = critic_loss(agent.critic, seen, returns[rows])
             agent.critic_adam.step(clip_by_global_norm(flatten(grads), s.max_grad_norm), lr)
-    inputs, _ = policy_forward(actor, obs)
+    inputs, _ = policy_forward(agent.actor, obs)
     log_prob, _ = head.log_prob(actions, *inputs)
-    kl = head.kl(*inputs_old, *inputs)[0].mean()
+    kl = float(head.kl(*inputs_old, *inputs)[0].mean())
     if agent.beta:
         agent.beta = adapt_beta(agent.beta, kl, s.kl_target)
     return {
-        "kl": float(kl),
+        "kl": kl,
         "clip_fraction": float((abs(np.exp(log_prob - log_prob_old) - 1) > s.clip).mean()),
         "entropy": float(head.entropy(*inputs)[0].mean()),
         "beta": agent.beta,
     }
 
 
-def learn(agent: Agent, envs: gym.vector.VectorEnv) -> Iterator[dict[str, float]]:
-    """The PPO loop (L19): yields a record after each iteration, until settings.total_steps."""
+def episode_returns(rewards: np.ndarray, ended: np.ndarray, so_far: np.ndarray) -> tuple:
+    """The returns R(τ) of the episodes that end in a rollout (L2), and the open episodes' so far.
+
+    rewards and ended are (T, N); so_far (N,) is what episodes had collected before the rollout.
+    """
+    totals = so_far + np.cumsum(rewards, axis=0, dtype=float)
+    returns, before = [], np.zeros(len(so_far))
+    for t, i in np.argwhere(ended):
+        returns.append(totals[t, i] - before[i])
+        before[i] = totals[t, i]
+    return returns, totals[-1] - before
+
+
+def discounted_sums(
+    rewards: np.ndarray, ended: np.ndarray, gamma: float, so_far: np.ndarray
+) -> tuple:
+    """Σ γ^k r_{t-k} over the episode up to each step (T, N), and (N,) to go on from."""
+    sums = np.empty(rewards.shape)
+    for t in range(len(rewards)):
+        sums[t] = rewards[t] + gamma * so_far
+        so_far = sums[t] * ~ended[t]
+    return sums, so_far
+
+
+def learn(agent: Agent, envs: gym.vector.VectorEnv) -> Iterator[dict]:
+    """The PPO loop (L19), until settings.total_steps; yields a record after each iteration."""
     s, N = agent.settings, envs.num_envs
     obs, _ = envs.reset(seed=int(agent.rng.integers(2**31)))
-    ended_before = np.zeros(N, bool)  # whether the previous row ended an episode
-    so_far, discounted = np.zeros(N), np.zeros(N)  # return of the running episodes
+    ended_last = np.zeros(N, bool)
+    so_far, discounted = np.zeros(N), np.zeros(N)
     recent = deque(maxlen=100)
     while agent.steps < s.total_steps:
+        # Play with θ_k.
         lr = s.lr * (1 - agent.steps / s.total_steps)
-        T = min(s.num_steps, -(-(s.total_steps - agent.steps) // N))
+        T = min(s.num_steps, math.ceil((s.total_steps - agent.steps) / N))
         observations, actions, rewards, terminated, truncated = rollout(
             envs, agent.head, agent.actor, agent.observe, obs, T, agent.rng
         )
-        obs = observations[-1]
-        ended = terminated | truncated
-        # The row after an ending only resets: it is no transition, and nothing learns from it.
-        valid = ~np.vstack([ended_before, ended[:-1]])
-        ended_before = ended[-1]
-
+        obs, ended = observations[-1], terminated | truncated
+        # The row after an ending is the reset, no transition: nothing learns from it.
+        valid = ~np.vstack([ended_last, ended[:-1]])
+        ended_last = ended[-1]
+        # L2    J(θ) ≈ 1/N Σ R(τ), over the last 100 episodes
+        episodes, so_far = episode_returns(rewards, ended, so_far)
+        recent.extend(episodes)
         agent.steps += T * N
-        totals = so_far + np.cumsum(rewards, axis=0, dtype=float)
-        so_far = np.zeros(N)
-        for t, i in np.argwhere(ended):
-            recent.append(totals[t, i] - so_far[i])
-            so_far[i] = totals[t, i]
-        so_far = totals[-1] - so_far
-        agent.episodes += int(ended.sum())
+        agent.episodes += len(episodes)
+        if not valid.any():
+            continue
 
+        # Judge with φ_k. The statistics are updated once for a rollout, so that all of it is seen
+        # with the same eyes.
         x = agent.observe(observations)
         if s.normalize_obs:
             agent.obs_stats.update(observations[:-1][valid].astype(float))
         if s.scale_rewards:
-            traces = np.empty((T, N))
-            for t in range(T):
-                discounted = traces[t] = rewards[t] + s.gamma * discounted
-                discounted = discounted * ~ended[t]
-            agent.return_stats.update(traces[valid])
-            rewards /= np.sqrt(agent.return_stats.var + 1e-8)
+            sums, discounted = discounted_sums(rewards, ended, s.gamma, discounted)
+            agent.return_stats.update(sums[valid])
+            rewards = rewards / np.float32(np.sqrt(agent.return_stats.var + 1e-8))
         values = mlp_forward(agent.critic, x.reshape((T + 1) * N, -1))[0].reshape(T + 1, N)
-        advantages = gae(rewards, values, terminated, truncated, s.gamma, s.lam)
-        returns = advantages + values[:-1]
-        A = advantages[valid]
-        metrics = update(
-            agent,
-            x[:-1][valid],
-            actions[valid],
-            (A - A.mean()) / (A.std() + 1e-8),
-            returns[valid],
-            lr,
-        )
+        advantages = gae(rewards, values, terminated, truncated, s.gamma, s.lam)[valid]
+        # L18   R̂ = Â + V_φ_k(s)
+        returns = advantages + values[:-1][valid]
+
+        # Learn.
+        weights = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        metrics = update(agent, x[:-1][valid], actions[valid], weights, returns, lr)
         yield {
             "steps": agent.steps,
             "episodes": agent.episodes,
-            "mean_return": float(np.mean(recent)) if recent else float("nan"),
+            "mean_return": float(np.mean(recent)) if recent else math.nan,
             **metrics,
-            "explained_variance": float(1 - A.var() / (returns[valid].var() + 1e-8)),
+            "explained_variance": float(1 - advantages.var() / (returns.var() + 1e-8)),
         }
 
 
-def train(**chosen) -> tuple[Agent, list[dict[str, float]]]:
-    """Train from a notebook: train(env="CartPole-v1", seed=1, ...), with the names of Settings.
+def train(**chosen) -> tuple:
+    """Train from Python: train(env="CartPole-v1", seed=1, ...), with the names of Settings.
 
-    Returns the agent (agent.act(obs) acts greedily, agent.actor are the parameters) and the
+    Returns the agent (agent.act(obs) acts greedily, agent.actor are its parameters) and the
     history, one record for each iteration. Raises UsageError for settings that cannot work.
     """
     settings = choose_settings(**chosen)
-    envs = make_envs(settings.env, settings.num_envs)
-    with contextlib.closing(envs):
+    with contextlib.closing(make_envs(settings.env, settings.num_envs)) as envs:
         agent = Agent(envs, settings)
         return agent, list(learn(agent, envs))
+
+
+# §9  Command line ---------------------------------------------------------------------------------
+# Nothing below belongs to the algorithm: a student may stop here.
 
 
 def evaluate(agent: Agent, episodes: int = 100, render: bool = False) -> np.ndarray:
@@ -744,9 +748,6 @@ def evaluate(agent: Agent, episodes: int = 100, render: bool = False) -> np.ndar
                     left[i] -= 1
                 so_far[i] = 0
     return np.array(returns)
-
-
-# §9  Command line ---------------------------------------------------------------------------------
 
 
 def pack(agent: Agent) -> dict[str, np.ndarray]:
@@ -940,6 +941,8 @@ def restore(path: str, chosen: dict) -> tuple[Agent, gym.vector.VectorEnv]:
         for name, array in pack(agent).items():
             if name != "rest" and state[name].shape != array.shape:
                 raise ValueError(f"its {name} has the shape {state[name].shape}, not {array.shape}")
+            if name != "rest" and not np.isfinite(state[name]).all():
+                raise ValueError(f"its {name} holds numbers that are not finite")
         unpack(agent, state)
     except Exception as error:
         raise UsageError(f"{path} does not fit {settings.env}: {error}") from error
@@ -982,10 +985,12 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags += [f"--{flag}", *map(str, value)]
         else:
-            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            flags.append(f"--{flag} {value}")
-    print(textwrap.fill(" ".join(["settings:", *flags]), 100, subsequent_indent="    "))
+            flags.append(f"--{flag}={value}")
+    text = " ".join(["settings:", *flags])
+    print(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False))
     display, history, state, interrupted = Display(agent), [], None, False
     try:
         for record in learn(agent, envs):
@@ -1007,6 +1012,11 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
         interrupted = True
         if state:
             unpack(agent, state)
+    except FloatingPointError as error:
+        raise UsageError(
+            f"{error}, {agent.steps} steps into the run. Check the environment: a division by 0, a "
+            "simulation that diverges? Bounded actions or a smaller --lr may keep it away from there"
+        ) from error
     finally:
         if args.save and state:
             save(args.save, state)
@@ -1016,24 +1026,25 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # What is not finite is looked for where it matters; numpy's warnings would only come on top.
-    np.seterr(all="ignore")
-    sys.stdout.reconfigure(errors="replace")
+    """Do what the command line says; the exit status."""
+    sys.stdout.reconfigure(errors="replace")  # for terminals without block characters
     try:
         args, chosen = parse(argv)
-        if not args.play:
-            return run(args, chosen)
-        agent, envs = restore(args.play, chosen)
-        envs.close()
-        report(agent, args.episodes or 100, args.render)
-        return 0
+        # What is not finite is looked for where it matters; numpy's warnings would add nothing.
+        with np.errstate(all="ignore"):
+            if not args.play:
+                return run(args, chosen)
+            agent, envs = restore(args.play, chosen)
+            envs.close()
+            report(agent, args.episodes or 100, args.render)
+            return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Nobody reads any more (| head): leave nothing for Python to flush at exit.
+        # Nobody reads on (| head). Python flushes at exit: that must find a place, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (UsageError, FloatingPointError, OSError, MemoryError) as error:
+    except (UsageError, OSError, MemoryError) as error:
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
