@@ -103,7 +103,7 @@ def mlp_backward(params: list, cache: list, dout: np.ndarray) -> list:
     grads = []
     for i in range(len(params) - 2, -1, -2):
         W, x = params[i], cache[i // 2]
-        grads = [x.T @ dout, dout.sum(axis=0)] + grads
+        grads = [x.T @ dout, dout.sum(axis=0), *grads]
         if i > 0:
             dout = np.dot(dout, W.T)  # @ is slow where W has a single column
             dout *= 1 - x * x  # x = tanh(z), and tanh'(z) = 1 - tanh²(z)
@@ -112,10 +112,10 @@ def mlp_backward(params: list, cache: list, dout: np.ndarray) -> list:
 
 # §2  Policies -------------------------------------------------------------------------------------
 # A head turns the network's output into a distribution over actions. Both heads offer the same:
-#     noise, sample, mode                 how an action is chosen
-#     log_prob, entropy, kl               (B,), one number for each state, and beside it the gradient
-#                                         with respect to each of the head's inputs
-# so nothing below asks which head it has. The inputs are (logits) or (mean, log_std).
+#     noise, sample, mode      how an action is chosen
+#     log_prob, entropy, kl    a number for each state (B,), and beside it, as a list, its gradient
+#                              with respect to the head's inputs: logits, or mean and log_std
+# so nothing below asks which head it has.
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -324,7 +324,7 @@ def policy_gradient(
 def importance_sampling(
     log_prob: np.ndarray, log_prob_old: np.ndarray, advantages: np.ndarray, **_
 ) -> tuple:
-    """The surrogate (L12): data of π_θ_k, reweighted by importance sampling (L11), unconstrained."""
+    """The surrogate (L12): data of π_θ_k, reweighted by importance sampling (L11)."""
     ratio = np.exp(log_prob - log_prob_old)
     # L12   loss = -ρ Â;   ∂ρ / ∂ log π = ρ
     return -ratio * advantages, -ratio * advantages
@@ -353,7 +353,7 @@ def clip(
     surrogate = ratio * advantages
     clipped = np.clip(ratio, 1 - epsilon, 1 + epsilon) * advantages
     # L16   loss = -min(ρ Â, clip(ρ, 1-ε, 1+ε) Â), which is flat where the second is the smaller
-    return -np.minimum(surrogate, clipped), -surrogate * (surrogate <= clipped)
+    return -np.minimum(surrogate, clipped), np.where(surrogate <= clipped, -surrogate, 0)
 
 
 def adapt_beta(beta: float, kl: float, target: float) -> float:
@@ -373,15 +373,15 @@ OBJECTIVES = {"pg": policy_gradient, "is": importance_sampling, "kl": kl_penalty
 
 
 def value_loss(values: np.ndarray, returns: np.ndarray) -> tuple:
-    """The critic's squared error (B,) for each row and its derivative with respect to values (B,)."""
+    """The squared error of each row (B,), and its derivative with respect to values (B,)."""
     error = values - returns
     # L18   loss = (V_φ(s) - R̂)²
     return error * error, 2 * error
 
 
 # §7  Optimiser ------------------------------------------------------------------------------------
-# To the optimiser θ is one long vector, and so is its gradient. The arrays that the networks use are
-# views of it: when the vector moves, they move.
+# To the optimiser θ is one long vector, and so is its gradient. The arrays that the networks use
+# are views of it: when the vector moves, they move.
 
 
 def flatten(arrays: list) -> np.ndarray:
@@ -838,19 +838,20 @@ def draw_curve(history: list[dict[str, float]], width: int = 72, height: int = 8
     )
 
 
+COLUMNS = {
+    "steps": ("steps", ",.0f"),
+    "episodes": ("episodes", ",.0f"),
+    "mean_return": ("return", ".2f"),
+    "kl": ("KL", ".4f"),
+    "clip_fraction": ("clipped", ".3f"),
+    "entropy": ("entropy", ".3f"),
+    "explained_variance": ("expl.var", ".3f"),
+    "beta": ("beta", ".3g"),
+}
+
+
 class Display:
     """A row now and then; on a terminal also a live line below."""
-
-    COLUMNS = {
-        "steps": ("steps", ",.0f"),
-        "episodes": ("episodes", ",.0f"),
-        "mean_return": ("return", ".2f"),
-        "kl": ("KL", ".4f"),
-        "clip_fraction": ("clipped", ".3f"),
-        "entropy": ("entropy", ".3f"),
-        "explained_variance": ("expl.var", ".3f"),
-        "beta": ("beta", ".3g"),
-    }
 
     def __init__(self, agent: Agent):
         self.total, self.first, self.start = (
@@ -861,13 +862,13 @@ class Display:
         self.next_row, self.last_live = 0, 0.0
         self.terminal = sys.stdout.isatty()
         self.clear = "\r\x1b[K" if self.terminal else ""
-        self.names = [name for name in self.COLUMNS if name != "beta" or agent.beta]
-        print("".join(f"{self.COLUMNS[name][0]:>11}" for name in self.names), flush=True)
+        self.names = [name for name in COLUMNS if name != "beta" or agent.beta]
+        print("".join(f"{COLUMNS[name][0]:>11}" for name in self.names), flush=True)
 
     def show(self, record: dict[str, float]) -> None:
         steps, now = record["steps"], time.monotonic()
         if steps >= self.next_row or steps == self.total:
-            row = "".join(f"{record[name]:>11{self.COLUMNS[name][1]}}" for name in self.names)
+            row = "".join(f"{record[name]:>11{COLUMNS[name][1]}}" for name in self.names)
             print(self.clear + row, flush=True)
             self.next_row = steps + self.total // 20
         if self.terminal and now - self.last_live > 0.1:
@@ -1014,8 +1015,8 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
             unpack(agent, state)
     except FloatingPointError as error:
         raise UsageError(
-            f"{error}, {agent.steps} steps into the run. Check the environment: a division by 0, a "
-            "simulation that diverges? Bounded actions or a smaller --lr may keep it away from there"
+            f"{error}, {agent.steps} steps into the run. Look for a division by 0 or a simulation "
+            "that diverges; a smaller --lr or tighter action bounds may keep the agent from there"
         ) from error
     finally:
         if args.save and state:

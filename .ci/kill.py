@@ -43,5 +43,7 @@ if __name__ == "__main__":
     with ThreadPoolExecutor(2) as pool:
         steps = list(pool.map(kill_once, moments))
     saved = [s for s in steps if s is not None]
-    print(f"100 kills: {len(saved)} files, at {min(saved)} to {max(saved)} steps; all load and play")
+    print(
+        f"100 kills: {len(saved)} files, at {min(saved)} to {max(saved)} steps; all load and play"
+    )
     assert len(saved) >= 30, "too few runs lived long enough to save: the machine is too slow"

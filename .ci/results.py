@@ -102,7 +102,9 @@ def curve(pool: ThreadPoolExecutor) -> None:
     at = np.arange(5_000, 100_001, 5_000)
     returns = np.array([np.interp(at, r["steps"], r["mean_return"]) for r in results])
     print("```mermaid\nxychart-beta")
-    print('    title "CartPole-v1, 20 seeds: worst, median and best return of the last 100 episodes"')
+    print(
+        '    title "CartPole-v1, 20 seeds: worst, median and best return of the last 100 episodes"'
+    )
     print(f'    x-axis "thousand steps" [{", ".join(str(x // 1000) for x in at)}]')
     print('    y-axis "return" 0 --> 500')
     for values in returns.min(axis=0), np.median(returns, axis=0), returns.max(axis=0):
