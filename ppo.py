@@ -456,7 +456,7 @@ class Settings:
     objective: str = setting("clip", "pg (L4), is (L12), kl (L15) or clip (L16)")
     clip: float = setting(0.2, "ε of the clip objective (L16)", 1e-3, 10)
     kl_target: float = setting(0.01, "KL that β steers to in the kl objective (L15)", 1e-6, 10)
-    ent_coef: float = setting(0.0, "c, weight of the entropy bonus (L17)", 0, 10)
+    ent_coef: float = setting(0.0, "c, entropy bonus at the start; it falls like lr (L17)", 0, 10)
     max_grad_norm: float = setting(0.5, "length to which gradients are clipped", 1e-6, 1e6)
     hidden: tuple[int, ...] = setting((64, 64), "sizes of the hidden layers", 1, 8192)
     log_std_init: float = setting(0.0, "log_std of a new Gaussian policy", -5, 2)
@@ -480,7 +480,50 @@ class Settings:
 
 
 # Settings known to work, for environments that the defaults do not serve.
-TUNED = {}
+TOY_TEXT = {"num_envs": 32, "minibatch_size": 256, "scale_rewards": True, "ent_coef": 0.2}
+MUJOCO = {
+    "total_steps": 1_000_000,
+    "num_envs": 8,
+    "num_steps": 256,
+    "epochs": 10,
+    "lr": 3e-4,
+    "gamma": 0.995,
+    "normalize_obs": True,
+    "scale_rewards": True,
+    "log_std_init": -1.0,
+}
+TUNED = {
+    "Acrobot-v1": {
+        "total_steps": 200_000,
+        "lr": 1e-3,
+        "normalize_obs": True,
+        "scale_rewards": True,
+    },
+    "MountainCar-v0": {"total_steps": 500_000, "num_steps": 32, "lam": 0.98, "normalize_obs": True},
+    "MountainCarContinuous-v0": {"normalize_obs": True, "log_std_init": 1.0},
+    "Pendulum-v1": {
+        "num_envs": 4,
+        "num_steps": 400,
+        "epochs": 10,
+        "minibatch_size": 64,
+        "lr": 1e-3,
+        "gamma": 0.95,
+        "scale_rewards": True,
+    },
+    "LunarLander-v3": {
+        "total_steps": 1_000_000,
+        "num_steps": 512,
+        "minibatch_size": 256,
+        "lr": 5e-4,
+        "lam": 0.98,
+        "scale_rewards": True,
+    },
+    "FrozenLake-v1": {"total_steps": 200_000, **TOY_TEXT},
+    "Taxi-v4": {"total_steps": 500_000, **TOY_TEXT},
+    "CliffWalking-v1": TOY_TEXT,
+    "HalfCheetah-v5": MUJOCO,
+    "Hopper-v5": MUJOCO,
+}
 
 
 def choose_settings(**chosen) -> Settings:
@@ -591,10 +634,15 @@ def update(
     actions: np.ndarray,
     advantages: np.ndarray,
     returns: np.ndarray,
-    lr: float,
+    left: float,
 ) -> dict:
-    """K epochs of gradient steps on the same transitions (L10); how far they moved the policy."""
+    """K epochs of gradient steps on the same transitions (L10); how far they moved the policy.
+
+    left is the share of the run that is left, from 1 to 0: with it fall the learning rate, and the
+    entropy bonus, because exploring pays only while there is time to use what it finds.
+    """
     s, head = agent.settings, agent.head
+    lr, ent_coef = s.lr * left, s.ent_coef * left
     # θ_k is θ before the first step. Its log_std is copied, row by row: it is about to change.
     inputs, _ = policy_forward(agent.actor, obs)
     inputs_old = [np.array(np.broadcast_to(x, inputs[0].shape)) for x in inputs]
@@ -614,7 +662,7 @@ def update(
                 OBJECTIVES[s.objective],
                 s.clip,
                 agent.beta,
-                s.ent_coef,
+                ent_coef,
             )
             agent.actor_adam.step(clip_by_global_norm(flatten(grads), s.max_grad_norm), lr)
             _, grads = critic_loss(agent.critic, seen, returns[rows])
@@ -665,7 +713,7 @@ def learn(agent: Agent, envs: gym.vector.VectorEnv) -> Iterator[dict]:
     recent = deque(maxlen=100)
     while agent.steps < s.total_steps:
         # Play with θ_k.
-        lr = s.lr * (1 - agent.steps / s.total_steps)
+        left = 1 - agent.steps / s.total_steps
         T = min(s.num_steps, math.ceil((s.total_steps - agent.steps) / N))
         observations, actions, rewards, terminated, truncated = rollout(
             envs, agent.head, agent.actor, agent.observe, obs, T, agent.rng
@@ -698,7 +746,7 @@ def learn(agent: Agent, envs: gym.vector.VectorEnv) -> Iterator[dict]:
 
         # Learn.
         weights = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        metrics = update(agent, x[:-1][valid], actions[valid], weights, returns, lr)
+        metrics = update(agent, x[:-1][valid], actions[valid], weights, returns, left)
         yield {
             "steps": agent.steps,
             "episodes": agent.episodes,

@@ -561,7 +561,7 @@ def test_L19_update_makes_better_actions_likelier(objective):
 
     before = likelihood()
     critic_before = ppo.critic_loss(agent.critic, obs, returns)[0].mean()
-    ppo.update(agent, obs, actions, advantages, returns, lr=1e-3)
+    ppo.update(agent, obs, actions, advantages, returns, left=0.5)
     assert likelihood() > before + 1e-3
     assert ppo.critic_loss(agent.critic, obs, returns)[0].mean() < critic_before
 
@@ -570,13 +570,13 @@ def test_L19_update_makes_better_actions_likelier(objective):
 def test_L19_update_measures_from_theta_k(env):
     """θ_k stays what it was while θ moves: the KL and the clip fraction that update reports are
     those between the policies before and after it."""
-    agent, _ = small_run(env=env, epochs=10)
+    agent, _ = small_run(env=env, epochs=10, lr=0.01)
     head, rng = agent.head, np.random.default_rng(0)
     obs = rng.standard_normal((64, agent.actor[0].shape[0])).astype(np.float32)
     old = [x.copy() for x in ppo.policy_forward(agent.actor, obs)[0]]
     actions = head.sample(head.noise(rng, old[0].shape), *old)
     advantages = rng.standard_normal(64).astype(np.float32)
-    record = ppo.update(agent, obs, actions, advantages, np.zeros(64, np.float32), lr=0.01)
+    record = ppo.update(agent, obs, actions, advantages, np.zeros(64, np.float32), left=1)
     new, _ = ppo.policy_forward(agent.actor, obs)
     ratio = np.exp(head.log_prob(actions, *new)[0] - head.log_prob(actions, *old)[0])
     assert_allclose(record["kl"], head.kl(*old, *new)[0].mean(), rtol=1e-4)
@@ -1034,13 +1034,13 @@ def test_E_discounted_sums():
 
 def test_E_budget_and_learning_rate(monkeypatch):
     """The last rollout is as short as the budget; the learning rate falls linearly with steps."""
-    rates, update = [], ppo.update
-    monkeypatch.setattr(ppo, "update", lambda *args: rates.append(args[-1]) or update(*args))
+    rates, step = [], ppo.Adam.step
+    monkeypatch.setattr(ppo.Adam, "step", lambda *args: rates.append(args[-1]) or step(*args))
     _, history = ppo.train(
         env="Diary-v0", num_envs=2, num_steps=8, total_steps=42, minibatch_size=8, lr=0.1
     )
     assert [record["steps"] for record in history] == [16, 32, 42]
-    assert_allclose(rates, [0.1, 0.1 * 26 / 42, 0.1 * 10 / 42])
+    assert_allclose(sorted(set(rates), reverse=True), [0.1, 0.1 * 26 / 42, 0.1 * 10 / 42])
 
 
 def test_E_a_rollout_of_resets_only_is_passed_over():
@@ -1114,7 +1114,14 @@ def test_normalised_observations_and_scaled_rewards(monkeypatch):
     gae = ppo.gae
     monkeypatch.setattr(ppo, "gae", lambda r, *args: rewards.append(r) or gae(r, *args))
     agent, _ = ppo.train(
-        env="Pendulum-v1", total_steps=20_480, normalize_obs=True, scale_rewards=True, gamma=0.9
+        env="Pendulum-v1",
+        num_envs=16,
+        num_steps=64,
+        epochs=1,
+        total_steps=20_480,
+        gamma=0.9,
+        normalize_obs=True,
+        scale_rewards=True,
     )
     envs = ppo.make_envs("Pendulum-v1", 16)
     obs, _ = envs.reset(seed=0)
@@ -1356,7 +1363,7 @@ def test_packing_is_exact():
     obs, actions = np.ones((16, 3), np.float32), np.ones((16, 1), np.float32)
     advantages = np.linspace(-1, 1, 16, dtype=np.float32)
     for agent in (first, second):
-        ppo.update(agent, obs, actions, advantages, advantages, 1e-3)
+        ppo.update(agent, obs, actions, advantages, advantages, left=0.5)
     assert (first.actor_adam.theta == second.actor_adam.theta).all()
     assert (first.critic_adam.theta == second.critic_adam.theta).all()
     assert (first.observe(obs) == second.observe(obs)).all()
