@@ -480,50 +480,25 @@ class Settings:
 
 
 # Settings known to work, for environments that the defaults do not serve.
-TOY_TEXT = {"num_envs": 32, "minibatch_size": 256, "scale_rewards": True, "ent_coef": 0.2}
-MUJOCO = {
-    "total_steps": 1_000_000,
-    "num_envs": 8,
-    "num_steps": 256,
-    "epochs": 10,
-    "lr": 3e-4,
-    "gamma": 0.995,
-    "normalize_obs": True,
-    "scale_rewards": True,
-    "log_std_init": -1.0,
-}
+# fmt: off
+TOY_TEXT = dict(num_envs=32, minibatch_size=256, scale_rewards=True, ent_coef=0.2)
+MUJOCO = dict(total_steps=1_000_000, num_envs=8, num_steps=256, epochs=10, lr=3e-4, gamma=0.995,
+              normalize_obs=True, scale_rewards=True, log_std_init=-1.0)
 TUNED = {
-    "Acrobot-v1": {
-        "total_steps": 200_000,
-        "lr": 1e-3,
-        "normalize_obs": True,
-        "scale_rewards": True,
-    },
-    "MountainCar-v0": {"total_steps": 500_000, "num_steps": 32, "lam": 0.98, "normalize_obs": True},
-    "MountainCarContinuous-v0": {"normalize_obs": True, "log_std_init": 1.0},
-    "Pendulum-v1": {
-        "num_envs": 4,
-        "num_steps": 400,
-        "epochs": 10,
-        "minibatch_size": 64,
-        "lr": 1e-3,
-        "gamma": 0.95,
-        "scale_rewards": True,
-    },
-    "LunarLander-v3": {
-        "total_steps": 1_000_000,
-        "num_steps": 512,
-        "minibatch_size": 256,
-        "lr": 5e-4,
-        "lam": 0.98,
-        "scale_rewards": True,
-    },
-    "FrozenLake-v1": {"total_steps": 200_000, **TOY_TEXT},
-    "Taxi-v4": {"total_steps": 500_000, **TOY_TEXT},
+    "Acrobot-v1": dict(total_steps=200_000, lr=1e-3, normalize_obs=True, scale_rewards=True),
+    "MountainCar-v0": dict(total_steps=500_000, num_steps=32, lam=0.98, normalize_obs=True),
+    "MountainCarContinuous-v0": dict(normalize_obs=True, log_std_init=1.0),
+    "Pendulum-v1": dict(num_envs=4, num_steps=400, epochs=10, minibatch_size=64, lr=1e-3,
+                        gamma=0.95, scale_rewards=True),
+    "LunarLander-v3": dict(total_steps=1_000_000, num_steps=512, minibatch_size=256, lr=5e-4,
+                           lam=0.98, scale_rewards=True),
+    "FrozenLake-v1": dict(total_steps=200_000, **TOY_TEXT),
+    "Taxi-v4": dict(total_steps=500_000, **TOY_TEXT),
     "CliffWalking-v1": TOY_TEXT,
     "HalfCheetah-v5": MUJOCO,
     "Hopper-v5": MUJOCO,
 }
+# fmt: on
 
 
 def choose_settings(**chosen) -> Settings:
@@ -844,11 +819,16 @@ def save(path: str, state: dict[str, np.ndarray]) -> None:
     """Write a policy file: whole or not at all, whatever happens meanwhile. Raises OSError."""
     buffer = io.BytesIO()
     np.savez(buffer, **state)
-    with open(path + ".tmp", "wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")  # a full disk needs the room
+        raise
 
 
 def load(path: str) -> tuple[Settings, dict[str, np.ndarray]]:
@@ -867,12 +847,10 @@ def load(path: str) -> tuple[Settings, dict[str, np.ndarray]]:
 
 def draw_curve(history: list[dict[str, float]], width: int = 72, height: int = 8) -> str:
     """Mean return over steps, drawn with text."""
-    points = [
-        (r["steps"], r["mean_return"]) for r in history if r["mean_return"] == r["mean_return"]
-    ]
-    if not points:
+    ended = [r for r in history if r["episodes"]]
+    if not ended:
         return "no episode has ended yet"
-    steps, values = np.array(points).T
+    steps, values = (np.array([r[name] for r in ended]) for name in ("steps", "mean_return"))
     values = np.interp(np.linspace(steps[0], steps[-1], width), steps, values)
     low, high = values.min(), values.max()
     eighths = np.round((values - low) / (high - low or 1) * (8 * height - 1)).astype(int) + 1
@@ -881,52 +859,44 @@ def draw_curve(history: list[dict[str, float]], width: int = 72, height: int = 8
         label = f"{high:10.1f}" if row == height - 1 else f"{low:10.1f}" if row == 0 else " " * 10
         bars = np.clip(eighths - 8 * row, 0, 8)
         lines.append(label + " |" + "".join(" ▁▂▃▄▅▆▇█"[k] for k in bars))
-    return "\n".join(
-        [*lines, f"{'mean return':>10} over {steps[0]:,.0f} to {steps[-1]:,.0f} steps"]
-    )
-
-
-COLUMNS = {
-    "steps": ("steps", ",.0f"),
-    "episodes": ("episodes", ",.0f"),
-    "mean_return": ("return", ".2f"),
-    "kl": ("KL", ".4f"),
-    "clip_fraction": ("clipped", ".3f"),
-    "entropy": ("entropy", ".3f"),
-    "explained_variance": ("expl.var", ".3f"),
-    "beta": ("beta", ".3g"),
-}
+    lines.append(f"mean return over {steps[0]:,} to {steps[-1]:,} steps")
+    return "\n".join(lines)
 
 
 class Display:
-    """A row now and then; on a terminal also a live line below."""
+    """A row now and then; on a terminal also a live line below it."""
 
     def __init__(self, agent: Agent):
-        self.total, self.first, self.start = (
-            agent.settings.total_steps,
-            agent.steps,
-            time.monotonic(),
-        )
-        self.next_row, self.last_live = 0, 0.0
-        self.terminal = sys.stdout.isatty()
-        self.clear = "\r\x1b[K" if self.terminal else ""
-        self.names = [name for name in COLUMNS if name != "beta" or agent.beta]
-        print("".join(f"{COLUMNS[name][0]:>11}" for name in self.names), flush=True)
+        self.total, self.first = agent.settings.total_steps, agent.steps
+        self.start = self.last_live = time.monotonic()
+        self.next_row = 0
+        self.clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+        self.columns = {  # what stands in the record: heading, format
+            "steps": ("steps", ",.0f"),
+            "episodes": ("episodes", ",.0f"),
+            "mean_return": ("return", ".2f"),
+            "kl": ("KL", ".4f"),
+            "clip_fraction": ("clipped", ".3f"),
+            "entropy": ("entropy", ".3f"),
+            "explained_variance": ("expl.var", ".3f"),
+            **({"beta": ("beta", ".3g")} if agent.beta else {}),
+        }
+        print("".join(f"{heading:>11}" for heading, _ in self.columns.values()), flush=True)
 
     def show(self, record: dict[str, float]) -> None:
+        """Show the record of an iteration, if it is time to."""
         steps, now = record["steps"], time.monotonic()
         if steps >= self.next_row or steps == self.total:
-            row = "".join(f"{record[name]:>11{COLUMNS[name][1]}}" for name in self.names)
-            print(self.clear + row, flush=True)
+            row = (f"{record[name]:>11{form}}" for name, (_, form) in self.columns.items())
+            print(self.clear + "".join(row), flush=True)
             self.next_row = steps + self.total // 20
-        if self.terminal and now - self.last_live > 0.1:
+        if self.clear and now > self.last_live + 0.1:
             speed = (steps - self.first) / (now - self.start)
-            print(
-                f"{self.clear}{steps / self.total:5.0%}  {speed:,.0f} steps/s  "
-                f"{(self.total - steps) / speed:,.0f} s left  return {record['mean_return']:.2f}",
-                end="",
-                flush=True,
+            line = f"{steps / self.total:5.0%}  {speed:,.0f} steps/s  "
+            line += (
+                f"{(self.total - steps) / speed:,.0f} s left  return {record['mean_return']:.2f}"
             )
+            print(self.clear + line, end="", flush=True)
             self.last_live = now
 
 
@@ -976,13 +946,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
 
 def restore(path: str, chosen: dict) -> tuple[Agent, gym.vector.VectorEnv]:
-    """The agent in a policy file and environments to go on with."""
+    """The agent in a policy file, and environments to go on in."""
     settings, state = load(path)
-    for name in {"env", "hidden"} & chosen.keys():
-        if chosen[name] != getattr(settings, name):
-            raise UsageError(
-                f"{path} holds a policy for {name} {getattr(settings, name)}, not {chosen[name]}"
-            )
+    for name in ("env", "hidden", "objective", "normalize_obs", "scale_rewards"):
+        old = getattr(settings, name)
+        if chosen.get(name, old) != old:
+            raise UsageError(f"{path} was trained with {name} {old}: it cannot be {chosen[name]}")
     settings = replace(settings, **chosen)
     envs = make_envs(settings.env, settings.num_envs)
     agent = Agent(envs, settings)
@@ -1067,6 +1036,7 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
             "that diverges; a smaller --lr or tighter action bounds may keep the agent from there"
         ) from error
     finally:
+        envs.close()
         if args.save and state:
             save(args.save, state)
     print(display.clear + draw_curve(history))
