@@ -1145,6 +1145,29 @@ def test_normalised_observations_and_scaled_rewards(monkeypatch):
     assert sums[400:].std() == pytest.approx(1, abs=0.3)
 
 
+SHORT = {
+    "CartPole-v1": (40_000, 400),
+    "Acrobot-v1": (40_000, -110),
+    "MountainCar-v0": (100_000, -160),
+    "MountainCarContinuous-v0": (100_000, 90),
+    "Pendulum-v1": (40_000, -300),
+    "FrozenLake-v1": (80_000, 0.45),
+    "Taxi": (130_000, -60),
+    "CliffWalking": (60_000, -20),
+}
+
+
+@pytest.mark.parametrize("task", SHORT)
+def test_tasks_are_learned(task):
+    """A short run with the settings of the task comes far above what a broken learner reaches."""
+    steps, enough = SHORT[task]
+    (env,) = (
+        x for x in gym.registry if x == task or (x in ppo.TUNED and x.startswith(f"{task}-v"))
+    )
+    agent, _ = ppo.train(env=env, total_steps=steps, seed=300)
+    assert ppo.evaluate(agent, episodes=50).mean() >= enough
+
+
 def test_module_prefix(tmp_path, monkeypatch, capsys):
     """module:Env-v0 imports the module first, as everywhere in Gymnasium."""
     (tmp_path / "my_envs.py").write_text(
