@@ -7,8 +7,8 @@
 
     python ppo.py --env CartPole-v1
 
-Read it from top to bottom with the lecture beside it. A label such as L9 stands above the line that
-computes the lecture's formula of that number; README.md lists the labels, test_ppo.py proves them.
+Read it from top to bottom with the lecture beside it. Above each line that computes a formula of
+the lecture stands its label, such as L9; README.md lists the labels, test_ppo.py proves them.
 
 The algorithm (L19)                                                               where
     initialise the actor θ and the critic φ                                         §1, §2
@@ -16,24 +16,27 @@ The algorithm (L19)                                                             
         collect T steps in each of N environments with π_θ_k: a trajectory          §3
         Â from V_φ_k by GAE;  R̂ = Â + V_φ_k                                         §4
         for each of K epochs, for each minibatch of B transitions
-            θ ← θ - Adam(∇ actor loss: objective - c·entropy)                       §5, §7
+            θ ← θ - Adam(∇ actor loss: -objective - c·entropy)                      §5, §7
             φ ← φ - Adam(∇ critic loss: (V_φ - R̂)²)                                 §6, §7
         θ_k+1 ← θ,  φ_k+1 ← φ                                                       §8
-    §9 is the command line around it: a student may stop before it.
 
-Glossary                       name             shape
-    s_t                        obs              (T+1, N, obs_dim), flattened to (B, obs_dim)
-    a_t                        actions          (T, N) integers, or (T, N, act_dim) reals
-    r_t                        rewards          (T, N)
-    true end, time limit       terminated, truncated       (T, N) booleans
-    V_φ(s_t)                   values           (T+1, N)
-    Â_t                        advantages       (T, N), flattened to (B,)
-    R̂_t                        returns          (T, N), flattened to (B,)
-    log π_θ(a|s)               log_prob         (B,)
-    π_θ / π_θ_k                ratio            (B,)
-    θ; φ                       actor; critic    lists of arrays
-    γ, λ, ε, β, c              gamma, lam, clip or epsilon, beta, ent_coef
-    whatever belongs to θ_k    ends in _old
+Glossary                   name                     shape
+    N, T, K, B             num_envs, num_steps, epochs, minibatch_size
+    s_t                    observations, obs        (T+1, N, obs_dim); (B, obs_dim)
+    a_t                    actions                  (T, N) integers or (T, N, d) reals; (B, ...)
+    r_t                    rewards                  (T, N)
+    true end, time limit   terminated, truncated    (T, N) booleans; ended: either
+    not a reset row        valid                    (T, N) booleans
+    V_φ(s_t)               values                   (T+1, N); (B,)
+    δ_t                    deltas                   (T, N)
+    Â_t, R̂_t               advantages, returns      (T, N); (B,)
+    π_θ(·|s)               head(*inputs)            inputs: logits (B, n); or mean, log_std (B, d)
+    log π_θ(a|s)           log_prob                 (B,)
+    ρ = π_θ / π_θ_k        ratio                    (B,)
+    H(π_θ), KL(π_θ_k‖π_θ)  entropy, kl              (B,)
+    θ; φ                   actor; critic            lists of arrays
+    γ, λ, ε, β, c          gamma, lam, clip or epsilon, beta, ent_coef
+    all that is of θ_k     ends in _old
 """
 
 import os
@@ -129,7 +132,7 @@ class Categorical:
 
     @staticmethod
     def noise(rng: np.random.Generator, shape: tuple) -> np.ndarray:
-        """What sample needs, for inputs of this shape."""
+        """Noise for sample, for inputs of this shape; always float32."""
         return rng.gumbel(size=shape).astype(np.float32)
 
     @staticmethod
@@ -146,7 +149,7 @@ class Categorical:
     def log_prob(actions: np.ndarray, logits: np.ndarray) -> tuple:
         """log π(a|s) (B,) for actions (B,), and its gradient [(B, n)]."""
         log_probs, rows = log_softmax(logits), np.arange(len(actions))
-        # ∂ log π(a) / ∂ logits = onehot(a) - π
+        # L3    ∇log π: ∂ log π(a) / ∂ logits = onehot(a) - π
         d_logits = -np.exp(log_probs)
         d_logits[rows, actions] += 1
         return log_probs[rows, actions], [d_logits]
@@ -173,13 +176,13 @@ class Categorical:
 class Gaussian:
     """Independent normal actions, π(a|s) = N(mean, exp(log_std)²).
 
-    Inputs: mean (B, d), and log_std (d,), which does not depend on the state. Gradients with
-    respect to log_std are given row by row, (B, d); their sum is the parameter's.
+    Inputs: mean (B, d), and log_std (d,) or (B, d), which does not depend on the state. Gradients
+    with respect to log_std are given row by row, (B, d); their sum is the parameter's.
     """
 
     @staticmethod
     def noise(rng: np.random.Generator, shape: tuple) -> np.ndarray:
-        """What sample needs, for inputs of this shape."""
+        """Noise for sample, for inputs of this shape; always float32."""
         return rng.standard_normal(shape, dtype=np.float32)
 
     @staticmethod
@@ -197,13 +200,14 @@ class Gaussian:
         """log π(a|s) (B,) for actions (B, d), and its gradient [(B, d), (B, d)]."""
         std = np.exp(log_std)
         z = (actions - mean) / std
+        # L3    log π = Σ -½z² - log std - ½ log 2π;   ∂/∂mean = z / std, ∂/∂log_std = z² - 1
         log_prob = (-0.5 * z * z - log_std - 0.5 * float(np.log(2 * np.pi))).sum(axis=-1)
         return log_prob, [z / std, z * z - 1]
 
     @staticmethod
     def entropy(mean: np.ndarray, log_std: np.ndarray) -> tuple:
         """H(π) (B,), and its gradient [(B, d), (B, d)]."""
-        # L17   H = Σ log std + ½ log(2πe)
+        # L17   H = Σ log std + ½ log(2πe);   ∂H / ∂log_std = 1
         entropy = (log_std + 0.5 * float(np.log(2 * np.pi * np.e))).sum()
         return np.repeat(entropy, len(mean)), [np.zeros_like(mean), np.ones_like(mean)]
 
@@ -214,7 +218,9 @@ class Gaussian:
         """KL(π_old‖π) (B,), and its gradient [(B, d), (B, d)] with respect to mean, log_std."""
         std, std_old = np.exp(log_std), np.exp(log_std_old)
         shift, spread = (mean - mean_old) / std, (std_old / std) ** 2
-        # L13   KL = Σ log(std / std_old) + (std_old² + (mean - mean_old)²) / (2 std²) - ½
+        # L13   KL = Σ log(std / std_old) + (std_old² + (mean - mean_old)²) / (2 std²) - ½;
+        #       ∂KL / ∂mean = (mean - mean_old) / std²,
+        #       ∂KL / ∂log_std = 1 - (std_old² + (mean - mean_old)²) / std²
         kl = (log_std - log_std_old + 0.5 * (spread + shift * shift) - 0.5).sum(axis=-1)
         return kl, [shift / std, 1 - spread - shift * shift]
 
@@ -247,18 +253,20 @@ def rollout(
 ) -> tuple:
     """Play num_steps steps in each of N environments with the policy (L1).
 
-    envs is a Gymnasium vector environment with NEXT_STEP auto-reset, and obs (N, obs_dim) what it
-    returned last; observe turns such an array into the network's input. Returns observations
-    (T+1, N, obs_dim), actions (T, N, ...), rewards, terminated and truncated (T, N).
+    envs is a Gymnasium vector environment with NEXT_STEP auto-reset, obs (N, obs_dim) what it
+    returned last, head Categorical or Gaussian, and observe the function that turns observations
+    into the network's input. Returns observations (T+1, N, obs_dim), actions (T, N, ...), rewards,
+    terminated and truncated (T, N); reals are float32.
 
     A step that ends an episode returns the episode's true last observation. The step after it
-    resets: it ignores the action, and its row is no transition. Raises FloatingPointError when the
-    environment returns a number that is not finite.
+    resets: it ignores the action, and its row is not a transition that could be learned from.
+    Raises FloatingPointError when the environment returns a number that is not finite.
     """
     observations = np.empty((num_steps + 1, *obs.shape), np.float32)
     rewards = np.empty((num_steps, len(obs)), np.float32)
     terminated, truncated = np.empty_like(rewards, bool), np.empty_like(rewards, bool)
     actions = []
+    # Noise for all steps is drawn at once, which is faster; its shape is that of the head's input.
     inputs, _ = policy_forward(actor, observe(obs))
     noise = head.noise(rng, (num_steps, *inputs[0].shape))
     observations[0] = obs
@@ -292,25 +300,29 @@ def gae(
     """Generalized Advantage Estimation (Schulman et al. 2016): Â (T, N) (L5-L9).
 
     rewards, terminated and truncated are (T, N); values are (T+1, N), so that values[t + 1] is
-    V(s_{t+1}), also when the rollout or a time limit stops the episode at t.
+    V(s_{t+1}), also when the rollout or a time limit stops the episode at t. What comes out in the
+    rows of resets means nothing: the caller leaves them out.
     """
     ended = terminated | truncated
-    # L7, L8   δ_t = r_t + γ V(s_{t+1}) - V(s_t), and V is 0 after a true end
+    # L7, L8   Q - V: δ_t = r_t + γ V(s_{t+1}) - V(s_t), and V(s_{t+1}) is 0 after a true end
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    # What comes after an ending is another episode: no credit flows back across it.
     chain = np.where(ended, 0, gamma * lam).astype(deltas.dtype)
     advantages = np.empty_like(deltas)
     advantage = np.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        # L9    Â_t = δ_t + γλ Â_{t+1}, within one episode
+        # L9    Â_t = δ_t + γλ Â_{t+1};   λ = 1 makes it R_t - V(s_t), with the R_t of L5
         advantage = deltas[t] + chain[t] * advantage
         advantages[t] = advantage
     return advantages
 
 
 # §5  Objectives -----------------------------------------------------------------------------------
-# The lecture's ladder. Each rung is a loss for every row (B,), to be minimised on average, and its
-# derivative with respect to that row's log π_θ(a|s). From there the head's and the network's
-# gradients take over. All are called with everything any of them needs; ** takes what one ignores.
+# The lecture's ladder. Each rung is a loss for every row (B,), to be minimised on average (the
+# lecture's sum over steps differs by a factor, which Adam cancels), and its derivative with respect
+# to that row's log π_θ(a|s). From there the head's and the network's gradients take over. All are
+# called with the same arguments; **_ swallows what a rung does not use. TRPO (L14) would stand
+# between L12 and L15: README.md says why it does not.
 
 
 def policy_gradient(
@@ -326,7 +338,7 @@ def importance_sampling(
 ) -> tuple:
     """The surrogate (L12): data of π_θ_k, reweighted by importance sampling (L11)."""
     ratio = np.exp(log_prob - log_prob_old)
-    # L12   loss = -ρ Â;   ∂ρ / ∂ log π = ρ
+    # L11, L12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ / ∂ log π = ρ
     return -ratio * advantages, -ratio * advantages
 
 
@@ -339,7 +351,7 @@ def kl_penalty(
     beta: float,
     **_,
 ) -> tuple:
-    """PPO1 (L15). kl (B,) is KL(π_θ_k‖π_θ); its gradient, times beta, is added where kl is made."""
+    """PPO1 (L15). kl (B,) is KL(π_θ_k‖π_θ), whose own gradient actor_loss (§8) adds."""
     ratio = np.exp(log_prob - log_prob_old)
     # L15   loss = -(ρ Â - β KL)
     return -(ratio * advantages - beta * kl), -ratio * advantages
@@ -352,7 +364,7 @@ def clip(
     ratio = np.exp(log_prob - log_prob_old)
     surrogate = ratio * advantages
     clipped = np.clip(ratio, 1 - epsilon, 1 + epsilon) * advantages
-    # L16   loss = -min(ρ Â, clip(ρ, 1-ε, 1+ε) Â), which is flat where the second is the smaller
+    # L16   loss = -min(ρ Â, clip(ρ, 1-ε, 1+ε) Â);   slope 0 where the clipped one is the smaller
     return -np.minimum(surrogate, clipped), np.where(surrogate <= clipped, -surrogate, 0)
 
 
@@ -408,7 +420,10 @@ def clip_by_global_norm(gradient: np.ndarray, max_norm: float) -> np.ndarray:
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) for the parameter vector theta, which step changes in place."""
+    """Adam (Kingma & Ba 2015) for the parameter vector theta (P,), which step changes in place.
+
+    eps is larger than the paper's 1e-8: where gradients all but vanish, steps do so too.
+    """
 
     def __init__(
         self, theta: np.ndarray, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5
@@ -417,8 +432,9 @@ class Adam:
         self.m, self.v, self.t = np.zeros_like(theta), np.zeros_like(theta), 0
 
     def step(self, gradient: np.ndarray, lr: float) -> None:
-        """Move theta against the gradient, with learning rate lr."""
+        """Move theta against the gradient (P,), with learning rate lr."""
         self.t += 1
+        # m ← β₁ m + (1-β₁) g;   v ← β₂ v + (1-β₂) g²
         self.m += (1 - self.beta1) * (gradient - self.m)
         self.v += (1 - self.beta2) * (gradient * gradient - self.v)
         m_hat = self.m / (1 - self.beta1**self.t)
@@ -427,7 +443,8 @@ class Adam:
 
 
 # §8  PPO ------------------------------------------------------------------------------------------
-# The loop of L19 needs settings, environments and an agent: everything that learning changes.
+# The loop of L19 needs settings, environments and an agent. Whoever is after the algorithm may skip
+# them and go on at actor_loss.
 
 
 class UsageError(ValueError):
@@ -449,14 +466,14 @@ class Settings:
     num_envs: int = setting(16, "N, environments side by side", 1, 4096)
     num_steps: int = setting(64, "T, steps in each environment between updates", 1, 10**6)
     epochs: int = setting(6, "K, passes over the same data (L10)", 1, 1000)
-    minibatch_size: int = setting(128, "B, transitions in one gradient step", 1, 10**9)
-    lr: float = setting(2e-3, "learning rate at the start; it falls to 0 linearly", 1e-9, 1)
+    minibatch_size: int = setting(128, "B, transitions in one gradient step, at most", 1, 10**9)
+    lr: float = setting(2e-3, "learning rate at the start; falls to 0 linearly", 1e-9, 1)
     gamma: float = setting(0.99, "γ, discount (L5)", 0, 1)
     lam: float = setting(0.95, "λ of GAE (L9)", 0, 1)
     objective: str = setting("clip", "pg (L4), is (L12), kl (L15) or clip (L16)")
     clip: float = setting(0.2, "ε of the clip objective (L16)", 1e-3, 10)
     kl_target: float = setting(0.01, "KL that β steers to in the kl objective (L15)", 1e-6, 10)
-    ent_coef: float = setting(0.0, "c, entropy bonus at the start; it falls like lr (L17)", 0, 10)
+    ent_coef: float = setting(0.0, "c, entropy bonus at the start; falls to 0 like lr (L17)", 0, 10)
     max_grad_norm: float = setting(0.5, "length to which gradients are clipped", 1e-6, 1e6)
     hidden: tuple[int, ...] = setting((64, 64), "sizes of the hidden layers", 1, 8192)
     log_std_init: float = setting(0.0, "log_std of a new Gaussian policy", -5, 2)
@@ -585,11 +602,11 @@ def actor_loss(
     """The actor's loss for each row of a minibatch (B,), and the gradient of its mean."""
     inputs, cache = policy_forward(actor, obs)
     log_prob, d_log_prob = head.log_prob(actions, *inputs)
-    # Terms with weight 0 are not computed.
     kl, d_kl = head.kl(*inputs_old, *inputs) if beta else (0, None)
     loss, d_loss = objective(log_prob, log_prob_old, advantages, kl=kl, beta=beta, epsilon=epsilon)
     d_inputs = [d_loss[:, None] * d for d in d_log_prob]
     if beta:
+        # L15   loss + β KL
         d_inputs = [d + beta * d_term for d, d_term in zip(d_inputs, d_kl, strict=True)]
     if ent_coef:
         # L17   loss - c H(π_θ)
@@ -614,25 +631,27 @@ def update(
     returns: np.ndarray,
     left: float,
 ) -> dict:
-    """K epochs of gradient steps on the same transitions (L10); how far they moved the policy.
+    """K epochs of gradient steps on the same transitions (L19); returns how the policy moved.
 
     left is the share of the run that is left, from 1 to 0: with it fall the learning rate, and the
     entropy bonus, because exploring pays only while there is time to use what it finds.
     """
     s, head = agent.settings, agent.head
     lr, ent_coef = s.lr * left, s.ent_coef * left
-    # θ_k is θ before the first step. Its log_std is copied, row by row: it is about to change.
+    # θ_k is θ before the first step. log_std is repeated for each row, and copied: Adam is about to
+    # change it in place.
     inputs, _ = policy_forward(agent.actor, obs)
     inputs_old = [np.array(np.broadcast_to(x, inputs[0].shape)) for x in inputs]
     log_prob_old, _ = head.log_prob(actions, *inputs_old)
+    # L10, L19   K epochs on the same data, in minibatches of equal size
     for _ in range(s.epochs):
         shuffled = agent.rng.permutation(len(obs))
         for rows in np.array_split(shuffled, math.ceil(len(obs) / s.minibatch_size)):
-            seen = obs[rows]
+            obs_batch = obs[rows]
             _, grads = actor_loss(
                 head,
                 agent.actor,
-                seen,
+                obs_batch,
                 actions[rows],
                 log_prob_old[rows],
                 advantages[rows],
@@ -643,7 +662,7 @@ def update(
                 ent_coef,
             )
             agent.actor_adam.step(clip_by_global_norm(flatten(grads), s.max_grad_norm), lr)
-            _, grads = critic_loss(agent.critic, seen, returns[rows])
+            _, grads = critic_loss(agent.critic, obs_batch, returns[rows])
             agent.critic_adam.step(clip_by_global_norm(flatten(grads), s.max_grad_norm), lr)
     inputs, _ = policy_forward(agent.actor, obs)
     log_prob, _ = head.log_prob(actions, *inputs)
@@ -659,16 +678,16 @@ def update(
 
 
 def episode_returns(rewards: np.ndarray, ended: np.ndarray, so_far: np.ndarray) -> tuple:
-    """The returns R(τ) of the episodes that end in a rollout (L2), and the open episodes' so far.
+    """R(τ) of the episodes that end in a rollout (L2), and what the open ones have so far (N,).
 
     rewards and ended are (T, N); so_far (N,) is what episodes had collected before the rollout.
     """
     totals = so_far + np.cumsum(rewards, axis=0, dtype=float)
-    returns, before = [], np.zeros(len(so_far))
+    finished, before = [], np.zeros(len(so_far))
     for t, i in np.argwhere(ended):
-        returns.append(totals[t, i] - before[i])
+        finished.append(totals[t, i] - before[i])
         before[i] = totals[t, i]
-    return returns, totals[-1] - before
+    return finished, totals[-1] - before
 
 
 def discounted_sums(
@@ -700,16 +719,16 @@ def learn(agent: Agent, envs: gym.vector.VectorEnv) -> Iterator[dict]:
         # The row after an ending is the reset, no transition: nothing learns from it.
         valid = ~np.vstack([ended_last, ended[:-1]])
         ended_last = ended[-1]
-        # L2    J(θ) ≈ 1/N Σ R(τ), over the last 100 episodes
+        # L2    R(τ) of the episodes that ended
         episodes, so_far = episode_returns(rewards, ended, so_far)
         recent.extend(episodes)
         agent.steps += T * N
         agent.episodes += len(episodes)
         if not valid.any():
-            continue
+            continue  # with T = 1, all rows may be resets
 
-        # Judge with φ_k. The statistics are updated once for a rollout, so that all of it is seen
-        # with the same eyes.
+        # Judge with φ_k. Observations are seen as they were during play; only then do their
+        # statistics change.
         x = agent.observe(observations)
         if s.normalize_obs:
             agent.obs_stats.update(observations[:-1][valid].astype(float))
@@ -722,12 +741,14 @@ def learn(agent: Agent, envs: gym.vector.VectorEnv) -> Iterator[dict]:
         # L18   R̂ = Â + V_φ_k(s)
         returns = advantages + values[:-1][valid]
 
-        # Learn.
+        # Learn. L6: a mean is a baseline, too. Dividing by the deviation is not in the lecture: it
+        # makes lr independent of the size of the rewards.
         weights = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         metrics = update(agent, x[:-1][valid], actions[valid], weights, returns, left)
         yield {
             "steps": agent.steps,
             "episodes": agent.episodes,
+            # L2    J(θ) ≈ the mean of R(τ), over the last 100 episodes
             "mean_return": float(np.mean(recent)) if recent else math.nan,
             **metrics,
             "explained_variance": float(1 - advantages.var() / (returns.var() + 1e-8)),
