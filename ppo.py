@@ -513,8 +513,8 @@ TUNED = {
     "FrozenLake-v1": dict(total_steps=200_000, **TOY_TEXT),
     "Taxi-v3": dict(total_steps=500_000, **TOY_TEXT),
     "Taxi-v4": dict(total_steps=500_000, **TOY_TEXT),
-    "CliffWalking-v0": TOY_TEXT,
-    "CliffWalking-v1": TOY_TEXT,
+    "CliffWalking-v0": dict(num_steps=32, ent_coef=0.2),
+    "CliffWalking-v1": dict(num_steps=32, ent_coef=0.2),
     "HalfCheetah-v5": MUJOCO,
     "Hopper-v5": MUJOCO,
 }
