@@ -502,8 +502,8 @@ TOY_TEXT = dict(num_envs=32, minibatch_size=256, scale_rewards=True, ent_coef=0.
 MUJOCO = dict(total_steps=1_000_000, num_envs=8, num_steps=256, epochs=10, lr=3e-4, gamma=0.995,
               normalize_obs=True, scale_rewards=True, log_std_init=-1.0)
 TUNED = {
-    "Acrobot-v1": dict(total_steps=200_000, num_envs=32, num_steps=128, epochs=10,
-                       minibatch_size=256, normalize_obs=True, scale_rewards=True),
+    "Acrobot-v1": dict(total_steps=200_000, num_envs=64, epochs=10, minibatch_size=256,
+                       normalize_obs=True, scale_rewards=True),
     "MountainCar-v0": dict(total_steps=500_000, num_steps=32, lam=0.98, normalize_obs=True),
     "MountainCarContinuous-v0": dict(normalize_obs=True, log_std_init=1.0),
     "Pendulum-v1": dict(num_envs=4, num_steps=400, epochs=10, minibatch_size=64, lr=1e-3,
