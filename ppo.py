@@ -516,7 +516,7 @@ TUNED = {
     "CliffWalking-v0": dict(num_steps=32, ent_coef=0.2),
     "CliffWalking-v1": dict(num_steps=32, ent_coef=0.2),
     "HalfCheetah-v5": MUJOCO,
-    "Hopper-v5": dict(MUJOCO, gamma=0.99),  # a longer horizon likes to stand still
+    "Hopper-v5": dict(MUJOCO, gamma=0.99),  # a longer horizon may settle for standing
 }
 # fmt: on
 
@@ -537,6 +537,9 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
         envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         raise UsageError(f"cannot make {env_id}: {error}") from error
+    mode = envs.metadata.get("autoreset_mode")
+    if mode is not None and mode.value != "NextStep":
+        raise UsageError(f"{env_id} resets by {mode}; only AutoresetMode.NEXT_STEP is supported")
     obs_space, space = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = FlattenObservation(envs)
@@ -1070,6 +1073,7 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; the exit status."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None where it was closed
     sys.stdout.reconfigure(errors="replace")  # for terminals without block characters
     try:
         args, chosen = parse(argv)

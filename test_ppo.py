@@ -1299,6 +1299,22 @@ def test_wrong_command_lines(line, clue, capsys):
     assert clue in refused(shlex.split(line), capsys)
 
 
+@pytest.mark.filterwarnings("ignore:.*autoreset_mode")
+def test_other_reset_modes_are_refused(capsys):
+    """An environment whose reset hides the last observation would be learned from wrongly."""
+
+    class SameStep:
+        metadata = {"autoreset_mode": types.SimpleNamespace(value="SameStep")}
+        unwrapped = types.SimpleNamespace()
+
+        def __init__(self, **kwargs):
+            pass
+
+    gym.registry.pop("SameStep-v0", None)
+    gym.register("SameStep-v0", vector_entry_point=SameStep)
+    assert "NEXT_STEP" in refused(["--env", "SameStep-v0"], capsys)
+
+
 def test_a_missing_extra_package_is_named(monkeypatch, capsys):
     """Gymnasium knows what to install; its hint is passed on."""
     monkeypatch.setitem(sys.modules, "Box2D", None)
