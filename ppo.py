@@ -51,9 +51,11 @@ import csv
 import io
 import json
 import math
+import numbers
 import sys
 import textwrap
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -482,11 +484,15 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            low, high, value = f.metadata["low"], f.metadata["high"], getattr(self, f.name)
-            values = value if isinstance(value, tuple) else (value,)
-            if low is not None and not all(low <= v <= high for v in values):
-                flag = f.name.replace("_", "-")
-                raise UsageError(f"--{flag} must be between {low:g} and {high:g}, not {value}")
+            flag, low, high = "--" + f.name.replace("_", "-"), f.metadata["low"], f.metadata["high"]
+            value = getattr(self, f.name)
+            kind = int if isinstance(f.default, tuple) else f.type
+            allowed = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+            for v in value if isinstance(value, tuple) else [value]:
+                if not isinstance(v, allowed) or isinstance(v, bool) != (kind is bool):
+                    raise UsageError(f"{flag} takes {kind.__name__}, not {v!r}")
+                if low is not None and not low <= v <= high:
+                    raise UsageError(f"{flag} must be between {low:,} and {high:,}, not {v}")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}")
         if self.minibatch_size > self.num_envs * self.num_steps:
@@ -535,14 +541,16 @@ def make_envs(env_id: str, num_envs: int, **kwargs) -> gym.vector.VectorEnv:
     """
     try:
         envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"cannot make {env_id}: {error}") from error
+    except Exception as error:  # an environment may do anything
+        raise UsageError(f"cannot make {env_id}: {type(error).__name__}: {error}") from error
     mode = envs.metadata.get("autoreset_mode")
     if mode is not None and mode.value != "NextStep":
         raise UsageError(f"{env_id} resets by {mode}; only AutoresetMode.NEXT_STEP is supported")
     obs_space, space = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = FlattenObservation(envs)
+        if not isinstance(envs.single_observation_space, gym.spaces.Box):
+            raise UsageError(f"{env_id} observes {obs_space}, which has no fixed size")
     if isinstance(space, gym.spaces.Discrete):
         return TransformAction(envs, lambda a: a + space.start) if space.start else envs
     if isinstance(space, gym.spaces.Box):
@@ -774,11 +782,15 @@ def train(**chosen) -> tuple:
 # Nothing below belongs to the algorithm: a student may stop here.
 
 
-def evaluate(agent: Agent, episodes: int = 100, render: bool = False) -> np.ndarray:
-    """The returns (episodes,) of greedy episodes, on seeds that training has not seen."""
-    env_id = agent.settings.env
+def evaluate(
+    agent: Agent, episodes: int = 100, render: bool = False, seconds: float = math.inf
+) -> np.ndarray:
+    """The returns of greedy episodes on seeds of their own, as many as end within seconds."""
+    end, env_id = time.monotonic() + seconds, agent.settings.env
     kwargs = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
-    if gym.spec(env_id.split(":")[-1]).max_episode_steps is None:
+    with contextlib.closing(make_envs(env_id, 1)) as envs:
+        spec = envs.spec
+    if spec.max_episode_steps is None and spec.entry_point:
         # Without a time limit, a greedy policy that walks in circles would never come to an end.
         kwargs |= {"vectorization_mode": "sync", "max_episode_steps": 1000}
     n = 1 if render else min(episodes, 10)
@@ -789,7 +801,7 @@ def evaluate(agent: Agent, episodes: int = 100, render: bool = False) -> np.ndar
     with contextlib.closing(envs):
         seed = np.random.SeedSequence([agent.settings.seed, 1]).generate_state(1)[0]
         obs, _ = envs.reset(seed=int(seed))
-        while left.any():
+        while left.any() and time.monotonic() < end:
             obs, rewards, terminated, truncated, _ = envs.step(agent.act(obs))
             so_far += rewards
             for i in np.flatnonzero(terminated | truncated):
@@ -827,12 +839,15 @@ def pack(agent: Agent) -> dict[str, np.ndarray]:
 
 def unpack(agent: Agent, state: dict[str, np.ndarray]) -> None:
     """Put an agent into the state that pack has copied."""
+    rest = json.loads(str(state["rest"]))
+    counts = [rest[name] for name in ("steps", "episodes", "beta", "adam_t", "obs_count")]
+    if not all(0 <= x < 1e18 for x in [*counts, *rest["return_stats"][1:]]):
+        raise ValueError("its counters are out of range")
     for name in ("actor", "critic"):
         for i, array in enumerate(getattr(agent, name)):
             array[:] = state[f"{name}_{i}"]
         adam = getattr(agent, f"{name}_adam")
         adam.m[:], adam.v[:] = state[f"{name}_m"], state[f"{name}_v"]
-    rest = json.loads(str(state["rest"]))
     agent.steps, agent.episodes, agent.beta = rest["steps"], rest["episodes"], rest["beta"]
     agent.actor_adam.t = agent.critic_adam.t = rest["adam_t"]
     agent.obs_stats.mean, agent.obs_stats.var = state["obs_mean"], state["obs_var"]
@@ -843,7 +858,7 @@ def unpack(agent: Agent, state: dict[str, np.ndarray]) -> None:
 
 
 def save(path: str, state: dict[str, np.ndarray]) -> None:
-    """Write a policy file: whole or not at all, whatever happens meanwhile. Raises OSError."""
+    """Write a policy file: whole or not at all, whatever happens meanwhile. Raises UsageError."""
     buffer = io.BytesIO()
     np.savez(buffer, **state)
     try:
@@ -852,22 +867,29 @@ def save(path: str, state: dict[str, np.ndarray]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")  # a full disk needs the room
-        raise
+        raise UsageError(f"cannot save {path}: {error.strerror}") from error
 
 
 def load(path: str) -> tuple[Settings, dict[str, np.ndarray]]:
     """Read a policy file. Raises UsageError for anything else, and never runs what is in it."""
     try:
-        if os.path.getsize(path) > 2**30:
-            raise ValueError("it is larger than 1 GiB")
+        if not os.path.isfile(path):
+            raise ValueError("there is no such file")
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > 2**30:
+                raise ValueError("it is larger than 1 GiB")
         with np.load(path, allow_pickle=False) as file:
             state = dict(file)
-        rest = json.loads(str(state["rest"]))
-        rest["settings"]["hidden"] = tuple(rest["settings"]["hidden"])
-        return Settings(**rest["settings"]), state
+        chosen = json.loads(str(state["rest"]))["settings"]
+        settings = Settings(**{**chosen, "hidden": tuple(chosen["hidden"])})
+        # Looked at before networks of these sizes are made.
+        sizes = tuple(state[f"actor_{2 * i + 1}"].size for i in range(len(settings.hidden)))
+        if sizes != settings.hidden:
+            raise ValueError(f"its settings say hidden {settings.hidden}, its arrays {sizes}")
+        return settings, state
     except Exception as error:
         raise UsageError(f"cannot read {path} as a policy: {error}") from error
 
@@ -960,6 +982,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     chosen = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
     if "hidden" in chosen:
         chosen["hidden"] = tuple(chosen["hidden"])
+    for flag in ("save", "load", "log", "play"):
+        if getattr(args, flag) == "":
+            raise UsageError(f"--{flag} needs the name of a file")
+    if args.log and args.log in (args.save, args.load):
+        raise UsageError(f"--log {args.log} is the policy file: give the log another name")
     for flag, value in ("--episodes", args.episodes), ("--save-every", args.save_every):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}")
@@ -968,7 +995,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     if args.render and not args.play:
         raise UsageError("--render needs --play FILE")
     if args.play and (args.load or args.save or args.log or chosen.keys() - {"env", "seed"}):
-        raise UsageError("--play does not train: it goes with --episodes, --render, --seed only")
+        raise UsageError(
+            "--play does not train: it goes with --episodes, --render, --env and --seed only"
+        )
     return args, chosen
 
 
@@ -986,22 +1015,28 @@ def restore(path: str, chosen: dict) -> tuple[Agent, gym.vector.VectorEnv]:
         for name, array in pack(agent).items():
             if name != "rest" and state[name].shape != array.shape:
                 raise ValueError(f"its {name} has the shape {state[name].shape}, not {array.shape}")
-            if name != "rest" and not np.isfinite(state[name]).all():
-                raise ValueError(f"its {name} holds numbers that are not finite")
+            if name != "rest" and not (
+                state[name].dtype.kind == "f" and np.isfinite(state[name]).all()
+            ):
+                raise ValueError(f"its {name} does not hold finite reals alone")
         unpack(agent, state)
     except Exception as error:
         raise UsageError(f"{path} does not fit {settings.env}: {error}") from error
     return agent, envs
 
 
-def report(agent: Agent, episodes: int, render: bool = False) -> None:
+def report(agent: Agent, episodes: int, render: bool = False, seconds: float = math.inf) -> None:
     """Print a greedy evaluation."""
     try:
-        returns = evaluate(agent, episodes, render)
-    except gym.error.DependencyNotInstalled as error:
-        raise UsageError(str(error)) from error
+        returns = evaluate(agent, episodes, render, seconds)
+    except Exception as error:
+        if not render:
+            raise
+        raise UsageError(f"cannot show {agent.settings.env}: {error}") from error
+    if len(returns) == 0:
+        return print("greedy evaluation: no episode ended in time")
     print(
-        f"greedy evaluation over {episodes} episodes: mean {returns.mean():.2f} "
+        f"greedy evaluation over {len(returns)} episodes: mean {returns.mean():.2f} "
         f"± {returns.std():.2f}, min {returns.min():.2f}, max {returns.max():.2f}"
     )
 
@@ -1022,8 +1057,11 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
     if args.save:
         if os.path.exists(args.save) and not os.path.isfile(args.save):
             raise UsageError(f"--save {args.save} is not a file")
-        open(args.save + ".tmp", "wb").close()
-        os.remove(args.save + ".tmp")
+        try:
+            open(args.save + ".tmp", "wb").close()
+            os.remove(args.save + ".tmp")
+        except OSError as error:
+            raise UsageError(f"cannot save {args.save}: {error.strerror}") from error
     log = open(args.log, "a" if args.load else "w", newline="") if args.log else None
     flags = []
     for name, value in asdict(s).items():
@@ -1036,7 +1074,8 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
             flags.append(f"--{flag}={value}")
     text = " ".join(["settings:", *flags])
     print(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False))
-    display, history, state, interrupted = Display(agent), [], None, False
+    start, state, history, interrupted = pack(agent), None, [], False
+    display = Display(agent)
     try:
         for record in learn(agent, envs):
             history.append(record)
@@ -1051,12 +1090,11 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
             if args.save and len(history) % (args.save_every or 10) == 0:
                 try:
                     save(args.save, state)
-                except OSError as error:
-                    print(f"ppo.py: cannot save: {error}; the run goes on", file=sys.stderr)
+                except UsageError as error:
+                    print(f"ppo.py: {error}; the run goes on", file=sys.stderr)
     except KeyboardInterrupt:
         interrupted = True
-        if state:
-            unpack(agent, state)
+        unpack(agent, state or start)  # the end of the last whole iteration
     except FloatingPointError as error:
         raise UsageError(
             f"{error}, {agent.steps} steps into the run. Look for a division by 0 or a simulation "
@@ -1067,14 +1105,19 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
         if args.save and state:
             save(args.save, state)
     print(display.clear + draw_curve(history))
-    report(agent, 5 if interrupted else args.episodes or 100)
-    return 130 if interrupted else 0
+    if interrupted:
+        report(agent, 5, seconds=0.5)
+        return 130
+    report(agent, args.episodes or 100)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; the exit status."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None where it was closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # for terminals without block characters
+    gym.logger.min_level = gym.logger.ERROR  # its warnings come on several lines
     try:
         args, chosen = parse(argv)
         # What is not finite is looked for where it matters; numpy's warnings would add nothing.
@@ -1092,7 +1135,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UsageError, OSError, MemoryError) as error:
-        print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
+        print("ppo.py:", textwrap.shorten(str(error), 400), file=sys.stderr)
         return 2
 
 

@@ -1288,6 +1288,8 @@ register("Long-v0", Odd, observation_space=LONG, action_space=TWO)
         ("--play missing.npz", "missing.npz"),
         ("--load missing.npz", "missing.npz"),
         ("--save missing/folder/p.npz", "missing/folder"),
+        ("--save ''", "--save"),
+        ("--save x.npz --log x.npz", "another name"),
         ("--save /", "not a file"),
         ("--save /dev/null", "not a file"),
         ("--log missing/folder/l.csv", "missing/folder"),
@@ -1376,6 +1378,12 @@ def test_a_run_prints_and_logs_what_it_does(tmp_path, capsys):
     assert "beta" in capsys.readouterr().out
 
 
+def test_an_id_without_a_version_is_evaluated_too(capsys):
+    """Gymnasium takes the latest version of "CartPole"; so does the evaluation."""
+    assert ppo.main([*TINY, "--env", "CartPole"]) == 0
+    assert "greedy evaluation over 2 episodes" in capsys.readouterr().out
+
+
 def test_a_saved_policy_plays_and_goes_on(tmp_path, capsys):
     """A file holds all that learning needs: --play evaluates it, --load continues the schedule."""
     path = str(tmp_path / "policy.npz")
@@ -1436,6 +1444,13 @@ def hostile_files(folder):
     yield "pickled_array", _npz(rest=np.array([Bomb()], object))
     state = dict(np.load(folder / "good.npz"))
     yield "broken_settings", _npz(**{**state, "rest": np.array("{}")})
+    rest = json.loads(str(state["rest"]))
+    for key, value in ("steps", "a"), ("steps", -1), ("beta", 1e300), ("return_stats", [0, "a", 1]):
+        yield f"wrong_{key}", _npz(**{**state, "rest": np.array(json.dumps(rest | {key: value}))})
+    for key, value in ("seed", 1.5), ("epochs", True), ("hidden", [8192] * 30), ("lr", "fast"):
+        wrong = rest | {"settings": rest["settings"] | {key: value}}
+        yield f"wrong_{key}", _npz(**{**state, "rest": np.array(json.dumps(wrong))})
+    yield "wrong_type", _npz(**{**state, "actor_0": np.ones((4, 64), complex)})
     yield "missing_array", _npz(**{k: v for k, v in state.items() if k != "actor_2"})
     yield "wrong_shape", _npz(**{**state, "critic_0": np.ones((3, 3))})
     yield "not_finite", _npz(**{**state, "actor_1": np.full(64, np.nan, np.float32)})
