@@ -1001,6 +1001,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     return args, chosen
 
 
+def as_flags(settings: Settings) -> str:
+    """The flags with which the command line makes these settings."""
+    flags = []
+    for name, value in asdict(settings).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags.append(f"--{flag}={value}")
+    return " ".join(flags)
+
+
 def restore(path: str, chosen: dict) -> tuple[Agent, gym.vector.VectorEnv]:
     """The agent in a policy file, and environments to go on in."""
     settings, state = load(path)
@@ -1033,12 +1047,11 @@ def report(agent: Agent, episodes: int, render: bool = False, seconds: float = m
         if not render:
             raise
         raise UsageError(f"cannot show {agent.settings.env}: {error}") from error
-    if len(returns) == 0:
-        return print("greedy evaluation: no episode ended in time")
-    print(
-        f"greedy evaluation over {len(returns)} episodes: mean {returns.mean():.2f} "
-        f"± {returns.std():.2f}, min {returns.min():.2f}, max {returns.max():.2f}"
-    )
+    line = f"greedy evaluation over {len(returns)} episodes"
+    if len(returns):
+        line += f": mean {returns.mean():.2f} ± {returns.std():.2f}"
+        line += f", min {returns.min():.2f}, max {returns.max():.2f}"
+    print(line)
 
 
 def run(args: argparse.Namespace, chosen: dict) -> int:
@@ -1063,16 +1076,7 @@ def run(args: argparse.Namespace, chosen: dict) -> int:
         except OSError as error:
             raise UsageError(f"cannot save {args.save}: {error.strerror}") from error
     log = open(args.log, "a" if args.load else "w", newline="") if args.log else None
-    flags = []
-    for name, value in asdict(s).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            flags += [f"--{flag}", *map(str, value)]
-        else:
-            flags.append(f"--{flag}={value}")
-    text = " ".join(["settings:", *flags])
+    text = f"settings: {as_flags(s)}"
     print(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False))
     start, state, history, interrupted = pack(agent), None, [], False
     display = Display(agent)

@@ -1378,6 +1378,14 @@ def test_a_run_prints_and_logs_what_it_does(tmp_path, capsys):
     assert "beta" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("env", ["CartPole-v1", *ppo.TUNED])
+def test_printed_flags_repeat_the_settings(env):
+    """What a run prints first makes the same settings, whatever the table holds by then."""
+    settings = ppo.choose_settings(env=env, seed=7)
+    _, chosen = ppo.parse(ppo.as_flags(settings).split())
+    assert ppo.Settings(**chosen) == settings
+
+
 def test_an_id_without_a_version_is_evaluated_too(capsys):
     """Gymnasium takes the latest version of "CartPole"; so does the evaluation."""
     assert ppo.main([*TINY, "--env", "CartPole"]) == 0
