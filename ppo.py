@@ -210,8 +210,9 @@ class Gaussian:
     def entropy(mean: np.ndarray, log_std: np.ndarray) -> tuple:
         """H(π) (B,), and its gradient [(B, d), (B, d)]."""
         # L17   H = Σ log std + ½ log(2πe);   ∂H / ∂log_std = 1
-        entropy = (log_std + 0.5 * float(np.log(2 * np.pi * np.e))).sum()
-        return np.repeat(entropy, len(mean)), [np.zeros_like(mean), np.ones_like(mean)]
+        log_stds = np.broadcast_to(log_std, mean.shape)
+        entropy = (log_stds + 0.5 * float(np.log(2 * np.pi * np.e))).sum(axis=-1)
+        return entropy, [np.zeros_like(mean), np.ones_like(mean)]
 
     @staticmethod
     def kl(

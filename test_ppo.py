@@ -519,6 +519,17 @@ def test_L17_entropy(name):
     assert_allclose(head.entropy(*inputs)[0], -weights @ head.log_prob(actions, *rows)[0])
 
 
+def test_log_std_may_be_given_row_by_row():
+    """(d,) for all rows or (B, d): log π, H and KL are the same."""
+    rng = np.random.default_rng(0)
+    mean, log_std, actions = rng.standard_normal((5, 2)), np.array([0.3, -0.2]), np.ones((5, 2))
+    rows = np.tile(log_std, (5, 1))
+    for method, given in ("log_prob", [actions]), ("entropy", []), ("kl", [mean + 1, log_std - 1]):
+        f = getattr(ppo.Gaussian, method)
+        (value, grads), (value_rows, grads_rows) = f(*given, mean, log_std), f(*given, mean, rows)
+        assert_allclose([value, *np.hstack(grads).T], [value_rows, *np.hstack(grads_rows).T])
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_L17_entropy_bonus(name):
     """Without advantages, a step against the gradient of the actor's loss makes π more random."""
