@@ -524,9 +524,9 @@ def test_log_std_may_be_given_row_by_row():
     rng = np.random.default_rng(0)
     mean, log_std, actions = rng.standard_normal((5, 2)), np.array([0.3, -0.2]), np.ones((5, 2))
     rows = np.tile(log_std, (5, 1))
-    for method, given in ("log_prob", [actions]), ("entropy", []), ("kl", [mean + 1, log_std - 1]):
+    for method, first in ("log_prob", [actions]), ("entropy", []), ("kl", [mean + 1, log_std - 1]):
         f = getattr(ppo.Gaussian, method)
-        (value, grads), (value_rows, grads_rows) = f(*given, mean, log_std), f(*given, mean, rows)
+        (value, grads), (value_rows, grads_rows) = f(*first, mean, log_std), f(*first, mean, rows)
         assert_allclose([value, *np.hstack(grads).T], [value_rows, *np.hstack(grads_rows).T])
 
 
