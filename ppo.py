@@ -523,7 +523,7 @@ TUNED = {
     "CliffWalking-v0": dict(num_steps=32, ent_coef=0.2),
     "CliffWalking-v1": dict(num_steps=32, ent_coef=0.2),
     "HalfCheetah-v5": MUJOCO,
-    "Hopper-v5": dict(MUJOCO, gamma=0.99),  # a longer horizon may settle for standing
+    "Hopper-v5": dict(MUJOCO, gamma=0.99),
 }
 # fmt: on
 
@@ -897,7 +897,7 @@ def load(path: str) -> tuple[Settings, dict[str, np.ndarray]]:
 
 def draw_curve(history: list[dict[str, float]], width: int = 72, height: int = 8) -> str:
     """Mean return over steps, drawn with text."""
-    ended = [r for r in history if r["episodes"]]
+    ended = [r for r in history if not math.isnan(r["mean_return"])]
     if not ended:
         return "no episode has ended yet"
     steps, values = (np.array([r[name] for r in ended]) for name in ("steps", "mean_return"))
@@ -942,10 +942,9 @@ class Display:
             self.next_row = steps + self.total // 20
         if self.clear and now > self.last_live + 0.1:
             speed = (steps - self.first) / (now - self.start)
-            line = f"{steps / self.total:5.0%}  {speed:,.0f} steps/s  "
-            line += (
-                f"{(self.total - steps) / speed:,.0f} s left  return {record['mean_return']:.2f}"
-            )
+            left = (self.total - steps) / speed
+            line = f"{steps / self.total:5.0%}  {speed:,.0f} steps/s  {left:,.0f} s left"
+            line += f"  return {record['mean_return']:.2f}"
             print(self.clear + line, end="", flush=True)
             self.last_live = now
 

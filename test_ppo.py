@@ -1414,12 +1414,21 @@ def test_a_saved_policy_plays_and_goes_on(tmp_path, capsys):
     assert ppo.main(["--load", path, "--total-steps", "64", "--save", path, "--episodes", "1"]) == 0
     settings, state = ppo.load(path)
     rest = json.loads(str(state["rest"]))
-    assert (settings.total_steps, rest["steps"], rest["adam_t"]) == (
-        64,
-        64,
-        2 * rest["adam_t"] // 2,
-    )
+    gradient_steps = 4 * 6 * 2  # iterations, epochs, minibatches of at most 8 out of 16 rows
+    assert (settings.total_steps, rest["steps"], rest["adam_t"]) == (64, 64, gradient_steps)
     assert sorted(os.listdir(tmp_path)) == ["policy.npz"]
+
+
+def test_the_curve_leaves_out_what_has_no_return_yet():
+    """A continued run knows of earlier episodes before one of its own has ended."""
+    history = [
+        {"steps": 10 * i, "episodes": 5, "mean_return": value}
+        for i, value in enumerate([float("nan"), 1.0, 3.0])
+    ]
+    lines = ppo.draw_curve(history, width=2, height=2).splitlines()
+    assert lines[0].split() == ["3.0", "|", "█"] and lines[1].split() == ["1.0", "|▁█"]
+    assert lines[2] == "mean return over 10 to 20 steps"
+    assert ppo.draw_curve(history[:1]) == "no episode has ended yet"
 
 
 def test_packing_is_exact():
