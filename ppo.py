@@ -394,12 +394,11 @@ class Agent:
         self.actor, self.critic = unflatten(self.theta, actor), unflatten(self.phi, critic)
         self.actor_adam, self.critic_adam = Adam(self.theta), Adam(self.phi)
         self.obs_stats = RunningMeanStd(shape=(obs_dim,), dtype=np.float32)
-        self.return_stats, self.beta = RunningMeanStd(), 1.0
+        self.obs_std, self.return_stats, self.beta = self.obs_stats.var, RunningMeanStd(), 1.0
 
     def normalize(self, obs):
         """Observations (..., obs_dim) as network input: mean 0, deviation 1, within ±10."""
-        mean, var = self.obs_stats.mean, self.obs_stats.var
-        return ((obs - mean) / np.sqrt(var + 1e-8)).clip(-10, 10)
+        return ((obs - self.obs_stats.mean) / self.obs_std).clip(-10, 10)
 
     def sample(self, obs):
         """a ~ π_θ(·|s), to learn from, for flat observations (N, obs_dim)."""
@@ -488,6 +487,7 @@ def learn(agent, envs):
         inputs = agent.normalize(observations)
         if agent.obs_stats.count < s.normalize_steps:
             agent.obs_stats.update(observations[:-1][valid])
+            agent.obs_std = np.sqrt(agent.obs_stats.var + 1e-8)
         # Scaling by the deviation of the discounted sums makes the rewards of all tasks alike.
         agent.return_stats.update(discounted[valid])
         rewards /= np.sqrt(agent.return_stats.var + 1e-8)
@@ -574,14 +574,15 @@ KINDS = {
     "discrete actions": dict(),
     "real actions": dict(total_steps=1_000_000, epochs=10, lr=6e-4, gamma=0.99,
                          normalize_steps=10**12, log_std_init=-0.5),
-    "one-hot observations": dict(num_envs=32, num_steps=64, minibatch_size=256, ent_coef=0.2,
-                                 normalize_steps=0),
+    "one-hot observations": dict(num_envs=32, num_steps=64, minibatch_size=256, lr=1e-3,
+                                 ent_coef=0.2, normalize_steps=0),
 }
 TASKS = {
     "CartPole": dict(total_steps=100_000), "Acrobot": dict(total_steps=200_000),
     "FrozenLake": dict(total_steps=200_000), "FrozenLake8x8": dict(total_steps=300_000),
-    "CliffWalking": dict(total_steps=100_000), "CliffWalkingSlippery": dict(total_steps=200_000),
-    "LunarLander": dict(total_steps=1_000_000),
+    "CliffWalkingSlippery": dict(total_steps=200_000), "LunarLander": dict(total_steps=1_000_000),
+    "CliffWalking": dict(total_steps=100_000, num_envs=16, num_steps=32, epochs=10,
+                         minibatch_size=128, gamma=0.99),
     "LunarLanderContinuous": dict(total_steps=500_000, normalize_steps=1),
     "MountainCarContinuous": dict(total_steps=100_000, log_std_init=1.0),
     "Pendulum": dict(total_steps=100_000, num_envs=8, minibatch_size=64, lr=1e-3, gamma=0.95,
@@ -745,9 +746,8 @@ def load(path, **chosen):
             if part in ("actor", "critic"):
                 own[...] = array
             else:
-                setattr(
-                    getattr(agent, f"{part}_stats"), key, array if key == "mean" else abs(array)
-                )
+                setattr(vars(agent)[f"{part}_stats"], key, array if key == "mean" else abs(array))
+        agent.obs_std = np.sqrt(agent.obs_stats.var + 1e-8)
         return agent
     except Exception as error:
         raise UsageError(f"cannot use {path} as a policy: {error!r}") from error
