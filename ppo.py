@@ -12,16 +12,16 @@ line computes: README.md lists all nineteen, test_ppo.py proves them.
 
 The algorithm (Eq. 19)                                                                where
     initialise the actor θ and the critic φ                                           §1, §2
-    repeat
+    repeat, with θ_k, φ_k the values that θ, φ have now (in names: _old)
         play T steps in each of N environments with π_θ_k: a trajectory               §3
         Â from V_φ_k by GAE;  R̂ = Â + V_φ_k                                           §4
-        in each of K epochs, for each minibatch of B transitions
-            θ ← θ - Adam(∇ actor loss: -objective - c·entropy)                        §5, §6, §7
-            φ ← φ - Adam(∇ critic loss: (V_φ - R̂)²)                                   §6, §7
-        θ_k+1 ← θ,  φ_k+1 ← φ                                                         §8
+        in K epochs, for each minibatch of B rows:  θ ← θ - Adam(∇ actor_loss)        §5, §6, §7
+        likewise for the critic:                    φ ← φ - Adam(∇ critic_loss)       §6, §7, §8
 
 Glossary                    name                         shape
-    N, T, K, B              num_envs, num_steps, epochs, minibatch_size
+    N, T, K                 num_envs, num_steps, epochs
+    B                       minibatch_size               in shapes: any number of rows
+    n, d, P                                              actions, action components, parameters
     s_t                     observations, obs            (T+1, N, obs_dim); (N, obs_dim)
     s_t, normalised         inputs                       (T+1, N, obs_dim); (B, obs_dim)
     a_t                     actions                      (T, N) or (T, N, d); (B,) or (B, d)
@@ -31,9 +31,9 @@ Glossary                    name                         shape
     δ_t, Â_t, R̂_t           deltas, advantages, returns  (T, N); (B,)
     π_θ(·|s)                policy                       of logits (B, n) or mean (B, d), log_std
     log π_θ(a|s), H(π_θ)    log_prob, entropy            (B,)
-    ρ = π_θ / π_θ_k         ratio                        (B,); of θ_k: names that end in _old
+    ρ = π_θ / π_θ_k         ratio                        (B,)
     θ, φ                    theta, phi: vectors (P,); actor, critic: the same as lists of arrays
-    γ, λ, ε, β, c, δ        gamma, lam, clip or epsilon, beta, ent_coef, kl_target or delta
+    γ, λ, ε, β, c           gamma, lam, clip or epsilon, beta, ent_coef; δ of TRPO: kl_target, delta
 """
 
 import os
@@ -94,9 +94,9 @@ def mlp_backward(params, cache, dout):
 
 
 # §2  Policies -------------------------------------------------------------------------------------
-# A policy is a distribution over actions, made from the actor's output. Both kinds offer sample,
-# mode, log_prob and entropy. The last two return a number for each state (B,) and, as a list, its
-# gradient with respect to what the policy was made from: logits, or mean and log_std.
+# A policy is a distribution over actions. Both kinds offer sample, mode, log_prob and entropy. The
+# last two return a number for each state (B,) and, as a list, its gradient with respect to what the
+# policy was made from: logits, or mean and log_std (of that one, too, a row for each state).
 
 
 class Categorical:
@@ -107,7 +107,7 @@ class Categorical:
 
     @property
     def log_probs(self):
-        """log π(·|s) (B, n), computed when first asked for: sampling does without."""
+        """log π(·|s) (B, n), computed when first asked for: sampling does not need it."""
         if self._log_probs is None:
             logits = np.asfortranarray(self.logits)  # sums over short rows are slow otherwise
             shifted = logits - logits.max(axis=-1, keepdims=True)  # exp cannot overflow
@@ -115,7 +115,7 @@ class Categorical:
         return self._log_probs
 
     def sample(self, rng):
-        """a ~ π(·|s) (B,): with Gumbel noise added to the logits, the argmax is a fair draw."""
+        """a ~ π(·|s) (B,): the argmax of logits + Gumbel noise is distributed as their softmax."""
         return (self.logits + rng.gumbel(size=self.logits.shape)).argmax(axis=-1)
 
     def mode(self):
@@ -124,10 +124,10 @@ class Categorical:
 
     def log_prob(self, actions):
         """log π(a|s) (B,) for actions (B,), and its gradient [(B, n)]."""
-        rows, d_logits = np.arange(len(actions)), -np.exp(self.log_probs)
-        # Eq. 3   ∂ log π(a) / ∂ logits = onehot(a) - π
-        d_logits[rows, actions] += 1
-        return self.log_probs[rows, actions], [d_logits]
+        rows, grad_logits = np.arange(len(actions)), -np.exp(self.log_probs)
+        # For Eq. 3   ∂ log π(a) / ∂ logits = onehot(a) - π
+        grad_logits[rows, actions] += 1
+        return self.log_probs[rows, actions], [grad_logits]
 
     def entropy(self):
         """H(π) (B,), and its gradient [(B, n)]."""
@@ -154,16 +154,15 @@ class Gaussian:
     def log_prob(self, actions):
         """log π(a|s) (B,) for actions (B, d), and its gradient [(B, d), (B, d)]."""
         z = (actions - self.mean) / self.std
-        # Eq. 3   log π = -Σ (½z² + log std + ½ log 2π);   ∂/∂mean = z / std, ∂/∂log_std = z² - 1
+        # For Eq. 3   log π = -Σ (½z² + log std + ½ log 2π);   ∂/∂mean = z/std, ∂/∂log_std = z² - 1
         log_prob = -(0.5 * z * z + self.log_std + 0.5 * float(np.log(2 * np.pi))).sum(axis=-1)
         return log_prob, [z / self.std, z * z - 1]
 
     def entropy(self):
         """H(π) (B,), and its gradient [(B, d), (B, d)]."""
-        ones = np.ones_like(self.mean)
-        # Eq. 17   H = Σ (log std + ½ log 2πe);   ∂H / ∂log_std = 1
-        entropy = (ones * (self.log_std + 0.5 * float(np.log(2 * np.pi * np.e)))).sum(axis=-1)
-        return entropy, [0 * ones, ones]
+        # Eq. 17   H = Σ (log std + ½ log 2πe), the same in every state;   ∂H / ∂log_std = 1
+        H = (self.log_std + 0.5 * float(np.log(2 * np.pi * np.e))).sum()
+        return np.full(len(self.mean), H), [np.zeros_like(self.mean), np.ones_like(self.mean)]
 
 
 def policy_forward(actor, inputs):
@@ -182,8 +181,8 @@ def rollout(envs, act, obs, num_steps):
 
     envs is a Gymnasium vector environment with NEXT_STEP auto-reset, obs (N, obs_dim) what it
     returned last. Returns observations (T+1, N, obs_dim), actions (T, N, ...), rewards, terminated
-    and truncated (T, N). The step that ends an episode returns its true last observation. The next
-    one resets: it ignores the action, and its row is no transition that could be learned from.
+    and truncated (T, N). The step that ends an episode returns its true last observation. The step
+    after it only resets: it ignores the action, and its row is no transition.
     Raises FloatingPointError when an observation or a reward is not finite.
     """
     observations = np.empty((num_steps + 1, *obs.shape), np.float32)
@@ -207,7 +206,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     """Generalized Advantage Estimation (Schulman et al. 2016): Â (T, N) (Eq. 5-9).
 
     rewards, terminated and truncated are (T, N), values (T+1, N): values[t + 1] is V(s_{t+1}), also
-    where the rollout or a time limit stops an episode. Reset rows come out meaningless; drop them.
+    where the rollout or a time limit stops an episode. Reset rows come out meaningless: drop them.
     """
     # Eq. 7, 8   Q - V: δ_t = r_t + γ V(s_{t+1}) - V(s_t), and V(s_{t+1}) is 0 after a true end
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -221,13 +220,13 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
 
 
 # §5  Objectives -----------------------------------------------------------------------------------
-# The lectures' ladder. Each rung gives for every row (B,) a loss, to be minimised on average (the
-# lectures' sum differs by a factor, which Adam cancels), and its derivative with respect to
-# log π_θ(a|s). TRPO (Eq. 14) works with Eq. 12 and 13; what is new in it is the step, in §7.
+# The lectures' objectives, in their order. Each returns for every row (B,) a loss, to be minimised
+# on average, and its slope ∂loss / ∂log π_θ(a|s). The lectures' sums differ by a factor, which Adam
+# all but cancels. TRPO (Eq. 14) works with Eq. 12 and 13; what is new in it is the step, in §7.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
-    """The plain policy gradient (Eq. 4), weighted by advantages (Eq. 6). Right for θ = θ_k only."""
+    """The policy gradient (Eq. 4), weighted by advantages (Eq. 6): right for one step only."""
     # Eq. 4, 6   loss = -log π_θ(a|s) Â
     return -log_prob * advantages, -advantages
 
@@ -240,8 +239,8 @@ def importance_sampling(log_prob, log_prob_old, advantages):
 
 
 def kl_divergence(log_prob, log_prob_old, advantages=None):
-    """KL(π_θ_k‖π_θ) (Eq. 13) is the mean of these rows (B,), whose actions are samples of π_θ_k.
-    Adding ρ - 1, which is 0 on average, makes them nonnegative and less noisy (Schulman 2020)."""
+    """Rows (B,) whose mean estimates KL(π_θ_k‖π_θ) (Eq. 13), as π_θ_k chose the actions. ρ - 1, on
+    average 0, makes them nonnegative and less noisy (Schulman 2020). advantages is not used."""
     ratio_minus_1 = np.expm1(log_prob - log_prob_old)  # exact for small differences, too
     # Eq. 13   KL = E[log π_θ_k - log π_θ] = E[log π_θ_k - log π_θ + ρ - 1];   ∂/∂ log π = ρ - 1
     return log_prob_old - log_prob + ratio_minus_1, ratio_minus_1
@@ -249,10 +248,10 @@ def kl_divergence(log_prob, log_prob_old, advantages=None):
 
 def kl_penalty(log_prob, log_prob_old, advantages, beta):
     """PPO1 (Eq. 15): the surrogate, and beta as the price of moving away from π_θ_k."""
-    surrogate, d_surrogate = importance_sampling(log_prob, log_prob_old, advantages)
-    kl, d_kl = kl_divergence(log_prob, log_prob_old)
+    loss, slope = importance_sampling(log_prob, log_prob_old, advantages)
+    kl, kl_slope = kl_divergence(log_prob, log_prob_old)
     # Eq. 15   loss = -(ρ Â - β KL)
-    return surrogate + beta * kl, d_surrogate + beta * d_kl
+    return loss + beta * kl, slope + beta * kl_slope
 
 
 def adapt_beta(beta, kl, target):
@@ -264,7 +263,7 @@ def adapt_beta(beta, kl, target):
 
 
 def clip(log_prob, log_prob_old, advantages, epsilon):
-    """PPO2 (Eq. 16): beyond 1 ± epsilon there is nothing to gain, but always a way back."""
+    """PPO2 (Eq. 16): a ratio beyond 1 ± epsilon gains no more, but a wrong one is pulled back."""
     ratio = np.exp(log_prob - log_prob_old)
     surrogate, clipped = ratio * advantages, ratio.clip(1 - epsilon, 1 + epsilon) * advantages
     # Eq. 16   loss = -min(ρ Â, clip(ρ, 1-ε, 1+ε) Â);   slope 0 where the clipped one is smaller
@@ -278,22 +277,22 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
     """The actor's loss for each row (B,), and the gradients of its mean, in the order of actor.
     objective is one of §5 as a function of (log_prob, log_prob_old, advantages), all (B,)."""
     policy, cache = policy_forward(actor, inputs)
-    log_prob, d_log_prob = policy.log_prob(actions)
+    log_prob, grad_log_prob = policy.log_prob(actions)
     loss, slope = objective(log_prob, log_prob_old, advantages)
-    d_policy = [slope[:, None] * d for d in d_log_prob]
+    d_policy = [slope[:, None] * grad for grad in grad_log_prob]  # the chain rule
     if ent_coef:
         # Eq. 17   loss - c H(π_θ)
-        entropy, d_entropy = policy.entropy()
+        entropy, grad_entropy = policy.entropy()
         loss = loss - ent_coef * entropy
-        d_policy = [d - ent_coef * d_H for d, d_H in zip(d_policy, d_entropy, strict=True)]
-    d_out, *d_log_std = [d / len(inputs) for d in d_policy]  # all states share one log_std
-    return loss, mlp_backward(actor, cache, d_out) + [d.sum(axis=0) for d in d_log_std]
+        d_policy = [d - ent_coef * grad for d, grad in zip(d_policy, grad_entropy, strict=True)]
+    dout, *dlog_std = [d / len(inputs) for d in d_policy]  # of the mean over rows
+    return loss, mlp_backward(actor, cache, dout) + [d.sum(axis=0) for d in dlog_std]
 
 
 def critic_loss(critic, inputs, returns):
     """The critic's loss for each row (B,), and the gradients of its mean, as actor_loss does."""
-    values, cache = mlp_forward(critic, inputs)
-    error = values[:, 0] - returns
+    out, cache = mlp_forward(critic, inputs)
+    error = out[:, 0] - returns
     # Eq. 18   loss = (V_φ(s) - R̂)²
     return error * error, mlp_backward(critic, cache, 2 * error[:, None] / len(inputs))
 
@@ -336,11 +335,11 @@ class Adam:
 
 # TRPO is the step that PPO replaces; a first reading may go on at §8. Among the steps Δ with KL ≤ δ
 # it wants the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with the
-# Fisher matrix F = E[∇log π ∇log πᵀ]. Here surrogate and kl map theta to (mean, gradient (P,)).
+# Fisher matrix F = E[∇log π ∇log πᵀ]. Here surrogate (a loss) and kl map theta to (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
-    """F v (P,) at θ_k = theta (P,), plus damping · v: how ∇KL changes in the direction v (P,)."""
+    """F v (P,) at θ_k = theta: how ∇KL changes in the direction v (P,). damping steadies it."""
     h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
     return (kl(theta + h * v)[1] - kl(theta - h * v)[1]) / (2 * h) + damping * v
@@ -360,15 +359,15 @@ def conjugate_gradients(product, g, iterations=10):
 
 
 def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
-    """TRPO (Eq. 14; Schulman et al. 2015) moves theta (P,) in place, or leaves it as it is: after a
-    step surrogate, a loss (Eq. 12), has fallen, and kl (Eq. 13) is at most delta."""
+    """TRPO (Eq. 14; Schulman et al. 2015): move theta (P,) in place so that the surrogate loss
+    (Eq. 12) falls and kl (Eq. 13) is at most delta; where no such step is found, stay."""
     loss_old, gradient = surrogate(theta)
     if not gradient.any():
         return
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), -gradient)
-    # Eq. 14   Δ = √(2δ / xᵀFx) x with F x = g, so that xᵀFx = xᵀg
+    # Eq. 14   Δ = √(2δ / xᵀFx) x with F x = g = -gradient, so that xᵀFx = xᵀg
     step = np.sqrt(2 * delta / (x @ -gradient)) * x
-    for _ in range(10):  # all this is approximate: halve the step until the true values agree
+    for _ in range(10):  # all this is approximate: halve the step until the measured values agree
         if kl(theta + step)[0] <= delta and surrogate(theta + step)[0] < loss_old:
             theta += step
             return
@@ -379,7 +378,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
 
 
 class Agent:
-    """Actor and critic with their optimisers and running statistics, for the spaces of envs."""
+    """Actor and critic with their optimisers and running statistics; settings are those of §9."""
 
     def __init__(self, envs, settings):
         s, self.settings, self.rng = settings, settings, np.random.default_rng(settings.seed)
@@ -393,19 +392,20 @@ class Agent:
         self.theta, self.phi = np.concatenate(actor, axis=None), np.concatenate(critic, axis=None)
         self.actor, self.critic = unflatten(self.theta, actor), unflatten(self.phi, critic)
         self.actor_adam, self.critic_adam = Adam(self.theta), Adam(self.phi)
+        self.return_stats, self.beta = RunningMeanStd(), 1.0
         self.obs_stats = RunningMeanStd(shape=(obs_dim,), dtype=np.float32)
-        self.obs_std, self.return_stats, self.beta = self.obs_stats.var, RunningMeanStd(), 1.0
+        self.obs_std = np.ones(obs_dim, np.float32)
 
     def normalize(self, obs):
         """Observations (..., obs_dim) as network input: mean 0, deviation 1, within ±10."""
         return ((obs - self.obs_stats.mean) / self.obs_std).clip(-10, 10)
 
     def sample(self, obs):
-        """a ~ π_θ(·|s), to learn from, for flat observations (N, obs_dim)."""
+        """a ~ π_θ(·|s) for observations (N, obs_dim): what training plays."""
         return policy_forward(self.actor, self.normalize(obs))[0].sample(self.rng)
 
     def act(self, obs):
-        """The likeliest action as env.step takes it, for one observation or for a batch."""
+        """The likeliest action as env.step takes it (§9), for one observation or for a batch."""
         rows, single = flat(self.obs_space, obs)
         policy, _ = policy_forward(self.actor, self.normalize(rows))
         actions = legal(self.action_space, policy.mode())
@@ -413,7 +413,7 @@ class Agent:
 
 
 def fit(agent, adam, loss, data, lr):
-    """K epochs of gradient steps; loss maps minibatches of the arrays in data to (_, gradients)."""
+    """K epochs of gradient steps; loss maps a minibatch of the arrays in data to (_, gradients)."""
     s, num_rows = agent.settings, len(data[0])
     # Minibatches of equal size, B or a little less.
     edges = np.linspace(0, num_rows, math.ceil(num_rows / s.minibatch_size) + 1).astype(int)
@@ -426,11 +426,11 @@ def fit(agent, adam, loss, data, lr):
 
 
 def update(agent, inputs, actions, advantages, returns, remaining):
-    """Learn from the transitions of a rollout (B, ...) (Eq. 10, 19), and tell what it changed.
+    """Learn from the transitions of a rollout (B, ...) (Eq. 10, 19); return what describes it.
     remaining, the fraction of the run still to come, scales lr and the entropy bonus."""
     s, actor = agent.settings, agent.actor
     lr, ent_coef = s.lr * remaining, s.ent_coef * remaining
-    # Eq. 6: a mean is a baseline, too. The division, not in the lectures, makes lr fit any rewards.
+    # Eq. 6: a mean is a baseline, too. The division lets c, β and max_grad_norm fit any rewards.
     normalized_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     log_prob_old, _ = policy_forward(actor, inputs)[0].log_prob(actions)  # θ is still θ_k
     data = [inputs, actions, log_prob_old, normalized_advantages]
@@ -475,7 +475,7 @@ def learn(agent, envs):
         obs, ended, steps = observations[-1], terminated | truncated, steps + T * N
         # The row after an ending is the reset, no transition: nothing learns from it.
         valid, ended_last = ~np.vstack([ended_last, ended[:-1]]), ended[-1]
-        # Eq. 2   R(τ) of the episodes that ended, and J(θ) ≈ their mean over the last 100
+        # Eq. 2   R(τ) of episodes that ended (running_sums: §9); J(θ) ≈ the mean of the last 100
         totals, so_far = running_sums(rewards, ended, 1, so_far)
         recent.extend(totals[ended])
         episodes, J = episodes + int(ended.sum()), float(np.mean(recent)) if recent else math.nan
@@ -483,12 +483,12 @@ def learn(agent, envs):
         if not valid.any():
             continue  # with T = 1, all rows may be resets
 
-        # Judge with φ_k. Normalise with the statistics used during play; update them afterwards.
+        # Judge with φ_k. Inputs are normalised as during play; their statistics change afterwards.
         inputs = agent.normalize(observations)
         if agent.obs_stats.count < s.normalize_steps:
             agent.obs_stats.update(observations[:-1][valid])
             agent.obs_std = np.sqrt(agent.obs_stats.var + 1e-8)
-        # Scaling by the deviation of the discounted sums makes the rewards of all tasks alike.
+        # Not in the lectures: rewards divided by the deviation of their discounted sums so far.
         agent.return_stats.update(discounted[valid])
         rewards /= np.sqrt(agent.return_stats.var + 1e-8)
         values = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))[0].reshape(T + 1, N)
@@ -619,8 +619,9 @@ def make_envs(env_id, num_envs, **kwargs):
         raise UsageError(f"{env_id} resets by {mode}; only AutoresetMode.NEXT_STEP is supported")
     if not isinstance(envs.single_action_space, s.Discrete | s.Box):
         raise UsageError(f"{env_id} acts in {envs.single_action_space}, not in Discrete or Box")
-    if not isinstance(envs.single_observation_space, flat_spaces):
-        raise UsageError(f"{env_id} observes {envs.single_observation_space}, which is never flat")
+    obs_space = envs.single_observation_space
+    if not (isinstance(obs_space, flat_spaces) and obs_space.is_np_flattenable):
+        raise UsageError(f"{env_id} observes {obs_space}, which has no flat form of a fixed size")
     return envs
 
 
@@ -718,12 +719,12 @@ def save(path, agent):
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(0, "it is not a file")
-        with open(path + ".tmp", "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             file.write(buffer.getvalue())
-        os.replace(path + ".tmp", path)
+        os.replace(f"{path}.tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")  # a full disk needs the room
+            os.remove(f"{path}.tmp")  # a full disk needs the room
         raise UsageError(f"cannot save {path}: {error.strerror}") from error
 
 
@@ -737,7 +738,10 @@ def load(path, **chosen):
             arrays = dict(file)
         # The sizes of its arrays, not those that it claims, are what is made room for.
         hidden = [x.size for name, x in arrays.items() if name.startswith("critic")][1:-2:2]
-        agent = new_agent(**json.loads(str(arrays["settings"])) | {"hidden": hidden} | chosen)
+        settings = json.loads(str(arrays["settings"])) | {"hidden": hidden} | chosen
+        if ":" in settings["env"] and "env" not in chosen:
+            raise ValueError(f"it asks for a module; allow that by --env {settings['env']}")
+        agent = new_agent(**settings)
         for name, own in state(agent).items():
             array = arrays[name].astype(own.dtype, casting="same_kind")
             if array.shape != own.shape or not np.isfinite(array).all():
@@ -757,7 +761,7 @@ def draw_curve(history, width=72, height=8):
     """Mean return over steps, drawn with text; the numbers are the tops of the rows."""
     points = [(record["steps"], record["mean_return"]) for record in history if record["episodes"]]
     if not points:
-        return "no episode has ended yet"
+        return f"{'no episode has ended yet':<60}"
     steps, returns = np.array(points).T
     returns = np.interp(np.linspace(steps[0], steps[-1], width), steps, returns)
     low, high = returns.min(), returns.max()
@@ -781,13 +785,15 @@ def run(agent, verbose=True, save_path=None):
                 if save_path:
                     save(save_path, agent)
                 texts = [f"{x:,}" if isinstance(x, int) else f"{x:,.4g}" for x in record.values()]
+                if record["explained"] < 0:  # as where all returns are alike: nothing to explain
+                    texts[-1] = "-"
                 for line in ([texts] if next_row else [record, texts]) * verbose:
                     print("".join(f"{text:>12}" for text in line), flush=True)
                 next_row = steps + s.total_steps // 20
-            if verbose and sys.stdout.isatty():
+            if verbose and getattr(sys.stdout, "isatty", bool)():
                 done, left = steps / s.total_steps, seconds * (s.total_steps / steps - 1)
                 line = f"{done:6.0%}, {steps / seconds:,.0f} steps/s, {left:,.0f} s left"
-                print(f"{line:<84}", end="\r", flush=True)
+                print(f"{line:<60}", end="\r", flush=True)
             yield record
 
 
@@ -855,6 +861,7 @@ def report(returns):
 
 def main(argv=None):
     """Run the command line; return the exit status."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stdout.reconfigure(errors="replace")  # for terminals without block characters
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
     try:

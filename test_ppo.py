@@ -30,9 +30,7 @@ import ppo  # before numpy, which reads the thread default that ppo sets
 
 # isort: split
 import ast
-import csv
 import dataclasses
-import errno
 import importlib.util
 import inspect
 import io
@@ -40,11 +38,9 @@ import json
 import os
 import pickle
 import re
-import shlex
 import signal
 import subprocess
 import types
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +49,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*latest versioned", "ignore:.*autoreset_mode")
 
 # A  The lecture -----------------------------------------------------------------------------------
 # A world with three states and two actions. In three steps 648 paths are possible: all of them are
@@ -66,9 +64,8 @@ ONE_HOT = np.eye(3)
 
 PATHS = np.indices([3, 2, 3, 2, 3, 2, 3]).reshape(7, -1).T
 STATES, ACTIONS = PATHS[:, 0:6:2], PATHS[:, 1::2]  # (648, 3)
-REWARDS = REWARD[STATES, ACTIONS]
-RETURN = REWARDS.sum(axis=1)
-TO_GO = REWARDS[:, ::-1].cumsum(axis=1)[:, ::-1]
+TO_GO = REWARD[STATES, ACTIONS][:, ::-1].cumsum(axis=1)[:, ::-1]
+RETURN = TO_GO[:, 0]
 
 
 def softmax(logits):
@@ -96,30 +93,29 @@ class World:
         return ONE_HOT[self.states], rewards, no, no, {}
 
 
-class Counting:
-    """Two environments that count steps. One terminates at 2, the other is cut off at 3."""
+class Script:
+    """Two environments that play this, whatever the actions; after each end comes a reset."""
 
-    count, ended = np.zeros(2), np.zeros(2, bool)
+    num_envs, t = 2, 0
+    obs = np.array([[1, 0.3], [2, -1], [4, 1], [3, 2], [5, 7], [50, 0.5], [6, 3]])[:, :, None]
+    rewards = np.array([[1, 10], [2, 20], [0, 30], [3, 0], [4, 40], [5, 50]])
+    ends = np.zeros((2, 6, 2), bool)  # terminated and truncated
+    ends[0, [1, 5], 0] = ends[1, 2, 1] = True
+
+    def reset(self, seed):
+        return self.obs[0], {}
 
     def step(self, actions):
-        rewards = np.where(self.ended, 0, 10 * self.count + actions)
-        self.count = np.where(self.ended, 0, self.count + 1)
-        self.ended = self.count == [2, 3]
-        terminated, truncated = self.ended & np.eye(2, dtype=bool)
-        return self.count[:, None], rewards, terminated, truncated, {}
+        self.t += 1
+        return self.obs[self.t], self.rewards[self.t - 1], *self.ends[:, self.t - 1], {}
 
 
 def test_eq1_rows_belong_together():
-    """Row t holds s_t, the action chosen from it, its reward and how it ended; the true last state
-    follows, and then the reset. The policy here is a = s mod 2."""
-    obs, actions, rewards, terminated, truncated = ppo.rollout(
-        Counting(), lambda obs: (obs[:, 0] % 2).astype(int), np.zeros((2, 1)), 5
-    )
-    assert_array_equal(obs[:, :, 0].T, [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1]])
-    assert_array_equal(actions.T, [[0, 1, 0, 0, 1], [0, 1, 0, 1, 0]])
-    assert_array_equal(rewards.T, [[0, 11, 0, 0, 11], [0, 11, 20, 0, 0]])
-    assert_array_equal(terminated.T, [[0, 1, 0, 0, 1], [0, 0, 0, 0, 0]])
-    assert_array_equal(truncated.T, [[0, 0, 0, 0, 0], [0, 0, 1, 0, 0]])
+    """Row t holds s_t, the action chosen from it, its reward and how it ended; s_t+1 follows."""
+    rows = ppo.rollout(Script(), lambda obs: 10 * obs[:, 0], Script.obs[0], 6)
+    played = Script.obs, 10 * Script.obs[:-1, :, 0], Script.rewards, *Script.ends
+    for x, y in zip(rows, played, strict=True):
+        assert_allclose(x, y, rtol=1e-6)
 
 
 def test_eq1_eq2_paths_and_objective():
@@ -133,7 +129,6 @@ def test_eq1_eq2_paths_and_objective():
     drawn = np.ravel_multi_index([s[0], a[0], s[1], a[1], s[2], a[2], s[3]], [3, 2] * 3 + [3])
     counts = np.bincount(drawn, minlength=648)
     probs = path_probs(actor)
-    assert_allclose(probs.sum(), 1, rtol=1e-6)
     assert np.all(abs(counts - n * probs) <= 5 * np.sqrt(n * probs) + 1e-9)
     J = probs @ RETURN
     assert abs(rewards.sum(axis=0).mean() - J) < 5 * np.sqrt(probs @ (RETURN - J) ** 2 / n)
@@ -153,10 +148,8 @@ def new_actor(name, rng):
 
 
 def all_actions(actor, inputs):
-    """All actions in each state: weights, inputs, actions and log π, a row for each.
-
-    weights @ f is E_a~π[f], averaged over the states; for real actions by Gauss-Hermite quadrature.
-    """
+    """All actions in each state, a row for each: weights, inputs, actions and log π. weights @ f is
+    E_a~π[f], averaged over the states; for real actions by Gauss-Hermite quadrature."""
     policy, _ = ppo.policy_forward(actor, inputs)
     if hasattr(policy, "logits"):
         weights = softmax(policy.logits).ravel()
@@ -208,14 +201,12 @@ def test_eq3_log_derivative_trick_and_eglp(name):
 
 
 def test_eq4_eq5_eq6_policy_gradient():
-    """With the weights R(τ), R_t, R_t - E[R_t] and R_t - V(s_t) the loss has the gradient -∇J, the
-    exact one; and each weight has less variance than the one before it."""
+    """With R(τ), R_t, R_t - E[R_t] and R_t - V(s_t) it is -∇J; each has less variance."""
     actor = ppo.init_mlp([3, 4, 2], np.random.default_rng(0), dtype=np.float64)
     probs, pi = path_probs(actor), softmax(ppo.policy_forward(actor, ONE_HOT)[0].logits)
     V = np.zeros((4, 3))
     for t in (2, 1, 0):
         V[t] = (pi * (REWARD + NEXT @ V[t + 1])).sum(axis=1)
-    assert_allclose(START @ V[0], probs @ RETURN)
     minus_grad_J = numerical_gradient(lambda actor: -path_probs(actor) @ RETURN, actor)
     variances = []
     whole = np.tile(RETURN, (3, 1)).T
@@ -227,7 +218,6 @@ def test_eq4_eq5_eq6_policy_gradient():
         assert_allclose(probs @ gradients, minus_grad_J, rtol=1e-6, atol=1e-9)
         variances.append(probs @ ((gradients - minus_grad_J) ** 2).sum(axis=1))
     assert variances == sorted(variances, reverse=True)
-    assert variances[3] < variances[0] / 4
 
 
 def test_eq7_td_error_is_the_advantage():
@@ -263,8 +253,7 @@ def test_eq5_eq8_eq9_gae_averages_k_steps(lam):
 
 
 def test_eq9_every_pattern_of_endings():
-    """Â_t = Σ (γλ)^l δ_t+l up to the episode's end; V(s_t+1) is 0 after a true end only. All 256
-    ways to set both flags in four steps stand side by side."""
+    """Â_t = Σ (γλ)^l δ_t+l to the episode's end, V = 0 after true ends: all 256 cases."""
     rng, T, gamma, lam = np.random.default_rng(0), 4, 0.9, 0.8
     flags = np.indices([2] * 2 * T).reshape(2, T, -1).astype(bool)
     rewards, values = rng.standard_normal((T, 256)), rng.standard_normal((T + 1, 256))
@@ -273,9 +262,8 @@ def test_eq9_every_pattern_of_endings():
         total = 0
         for i in range(t, T):
             terminated, truncated = flags[:, i, n]
-            following = 0 if terminated else values[i + 1, n]
-            delta = rewards[i, n] + gamma * following - values[i, n]
-            total += (gamma * lam) ** (i - t) * delta
+            following = 0 if terminated else gamma * values[i + 1, n]
+            total += (gamma * lam) ** (i - t) * (rewards[i, n] + following - values[i, n])
             if terminated or truncated:
                 break
         assert_allclose(advantages[t, n], total, atol=1e-14)
@@ -289,8 +277,7 @@ def bandit(rewards=(1.0, -2.0, 3.0)):
 
 
 def test_eq10_data_serve_one_step():
-    """On data of θ_k the plain policy gradient is -∇J at θ_k alone; after a step it is wrong, and
-    the importance-weighted one is right."""
+    """On data of θ_k Eq. 4 is -∇J at θ_k alone; after a step Eq. 12 is, by its weights."""
     J, actor_old, batch = bandit()
     gradient = expected(actor_old, ppo.policy_gradient, *batch)[1]
     assert_allclose(gradient, -numerical_gradient(J, actor_old), atol=1e-9)
@@ -311,7 +298,6 @@ def test_eq11_importance_sampling():
         variance = q @ (-loss - 2.1) ** 2
         assert_allclose(variance, p @ (f**2 * p / q) - 2.1**2)
         variances.append(variance)
-    assert_allclose(variances[0], 0.49)
     assert variances == sorted(variances) and variances[-1] > 50 * variances[0]
 
 
@@ -341,25 +327,19 @@ def test_eq12_all_start_alike(name):
     plain = expected(actor, ppo.policy_gradient, *batch)[1]
     assert np.linalg.norm(plain) > 1
     for objective in "is", "kl", "clip":
-        assert_allclose(expected(actor, objectives()[objective], *batch)[1], plain, atol=1e-13)
-    assert_allclose(expected(actor, objectives(beta=50)["kl"], *batch)[1], plain, atol=1e-11)
+        gradient = expected(actor, objectives(beta=50)[objective], *batch)[1]
+        assert_allclose(gradient, plain, atol=1e-11)
 
 
 def exact_kl(actor_old, actor, inputs):
-    """KL(π_θ_k‖π_θ) in closed form, averaged over the states."""
-    old, new = (ppo.policy_forward(x, inputs)[0] for x in (actor_old, actor))
-    if hasattr(old, "logits"):
-        p, q = softmax(old.logits), softmax(new.logits)
-        return (p * np.log(p / q)).sum(axis=1).mean()
-    var_old, var = np.exp(2 * old.log_std), np.exp(2 * new.log_std)
-    kl = (np.log(var / var_old) + (var_old + (old.mean - new.mean) ** 2) / var - 1) / 2
-    return kl.sum(axis=1).mean()
+    """E[log π_θ_k - log π_θ] over all actions of π_θ_k, averaged over the states."""
+    weights, inputs, actions, log_prob_old = all_actions(actor_old, inputs)
+    return weights @ (log_prob_old - ppo.policy_forward(actor, inputs)[0].log_prob(actions)[0])
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_eq13_kl_from_the_data(name):
-    """Over actions of π_θ_k, the expectation of the rows is KL(π_θ_k‖π_θ), and the expectation of
-    their gradients is its gradient. At θ_k both are 0."""
+    """Over actions of π_θ_k, rows and slopes average to KL(π_θ_k‖π_θ) and its gradient."""
     rng = np.random.default_rng(0)
     actor_old, obs = new_actor(name, rng), rng.standard_normal((2, 3))
     batch = all_actions(actor_old, obs)
@@ -369,21 +349,16 @@ def test_eq13_kl_from_the_data(name):
     assert_allclose(kl, exact_kl(actor_old, actor, obs), rtol=1e-9)
     exact = numerical_gradient(lambda x: exact_kl(actor_old, x, obs), actor)
     assert_allclose(gradient, exact, rtol=1e-6, atol=1e-9)
-    kl, gradient = expected(actor_old, ppo.kl_divergence, *batch)
-    assert_allclose([kl, *gradient], 0, atol=1e-15)
 
 
 def test_eq13_kl_is_a_distance_in_behaviour():
-    """No row is negative, however small the difference; a constant added to all logits is none."""
+    """No row is negative, however small or large the difference, in float32 too."""
     log_ratio = np.concatenate([np.logspace(-30, 1, 99), -np.logspace(-30, 2, 99)])
     for log_prob_old in np.full(198, -0.7), np.full(198, -0.7, np.float32):
         log_prob = log_prob_old + log_ratio.astype(log_prob_old.dtype)
         rows, _ = ppo.kl_divergence(log_prob, log_prob_old)
         assert rows.min() >= 0
         assert_allclose(rows[[98, 197]], [np.exp(10) - 11, 99], rtol=1e-5)
-    logits, a = np.array([[0.5, -1.0, 2.0]]), np.array([1])
-    old, new = (ppo.Categorical(logits + x).log_prob(a)[0] for x in (0, 100))
-    assert_allclose(ppo.kl_divergence(new, old)[0], 0, atol=1e-12)
 
 
 def of_theta(actor, objective, *batch):
@@ -414,8 +389,7 @@ def test_eq14_fisher_product(name):
 
 
 def test_eq14_conjugate_gradients():
-    """In five dimensions five iterations solve F x = g; the first one goes the best way along g. It
-    stops where nothing is left to solve."""
+    """Five iterations solve F x = g for five unknowns; the first goes the best way along g."""
     A, g = np.split(np.random.default_rng(0).standard_normal((6, 5)), [5])
     F, g = A @ A.T + np.eye(5), g[0]
     x = ppo.conjugate_gradients(lambda v: F @ v, g)
@@ -441,7 +415,6 @@ def test_eq14_trust_region_step(rewards, delta, halvings):
     g, F = numerical_gradient(J, actor_old), fisher_matrix(actor_old, *batch)
     step = np.linalg.pinv(F, rcond=1e-9) @ g  # F is singular, as logits may be shifted
     step *= np.sqrt(2 * delta / (step @ F @ step))
-    assert_allclose(step @ F @ step / 2, delta)
     assert_allclose(theta - theta_old, step / 2**halvings, rtol=1e-4)
     for k in range(halvings + 1):
         actor = ppo.unflatten(theta_old + step / 2**k, actor_old)
@@ -474,19 +447,14 @@ def test_eq14_line_search(surrogate, kl, end):
     assert_allclose(theta, end / 1.1**0.5, rtol=1e-3)
 
 
-def test_eq15_kl_penalty():
-    """The loss is the surrogate's plus β KL, and so is the slope."""
+def test_eq15_kl_penalty_and_adaptive_beta():
+    """Surrogate + β KL; β doubles above 1.5 KL targets, halves below 2/3, and is bounded."""
     rows = np.random.default_rng(0).standard_normal((3, 8))
     both = [ppo.importance_sampling(*rows), ppo.kl_divergence(*rows)]
     assert_allclose(ppo.kl_penalty(*rows, beta=0.7), np.tensordot([1, 0.7], both, axes=1))
-
-
-def test_eq15_adaptive_beta():
-    """β doubles above 1.5 KL targets, halves below 2/3 of one, stays in between, and is bounded."""
-    for kl, beta in [(0.016, 2.0), (0.0149, 1.0), (0.01, 1.0), (0.0067, 1.0), (0.006, 0.5)]:
-        assert ppo.adapt_beta(1.0, kl, target=0.01) == beta
-    assert ppo.adapt_beta(1e4, 1.0, target=0.01) == 1e4
-    assert ppo.adapt_beta(1e-4, 0.0, target=0.01) == 1e-4
+    cases = [(1, 0.016, 2), (1, 0.0149, 1), (1, 0.0067, 1), (1, 0.006, 0.5)]
+    for beta, kl, following in [*cases, (1e4, 1, 1e4), (1e-4, 0, 1e-4)]:
+        assert ppo.adapt_beta(beta, kl, target=0.01) == following
 
 
 def test_eq16_clip_table():
@@ -496,15 +464,6 @@ def test_eq16_clip_table():
     loss, slope = ppo.clip(np.log(ratio), np.zeros(6), advantages, epsilon=0.2)
     assert_allclose(loss, [-1.0, -2.0, -2.4, 1.6, 2.0, 3.0])
     assert_allclose(slope, [-1.0, -2.0, 0.0, 0.0, 2.0, 3.0])
-
-
-def test_eq16_clip_at_the_boundary():
-    """At 1 ± ε the loss has a kink and no jump; the slope -ρÂ ends on the side that has no gain."""
-    ratio = np.array([0.8 - 1e-9, 0.8 + 1e-9, 1.2 - 1e-9, 1.2 + 1e-9])
-    for advantage, slopes in [(1.0, [-0.8, -0.8, -1.2, 0]), (-1.0, [0, 0.8, 1.2, 1.2])]:
-        loss, slope = ppo.clip(np.log(ratio), np.zeros(4), np.full(4, advantage), epsilon=0.2)
-        assert_allclose(loss, -advantage * ratio, atol=2e-9)
-        assert_allclose(slope, slopes, atol=2e-9)
 
 
 def test_eq16_clip_is_literally_the_minimum():
@@ -519,8 +478,7 @@ def test_eq16_clip_is_literally_the_minimum():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_eq17_entropy(name):
-    """H = -E_a[log π(a)]: log n for n equal chances, ½ log(2πe) for the standard normal. Without
-    advantages, a step against the gradient of the actor's loss makes π more random."""
+    """H = -E_a[log π(a)]; where no advantages count, a step makes π more random."""
     assert_allclose(ppo.Categorical(np.zeros((1, 5))).entropy()[0], np.log(5))
     assert_allclose(ppo.Gaussian(np.zeros((1, 1)), np.zeros(1)).entropy()[0], 1.4189385332046727)
     actor, (inputs, actions, *_) = minibatch(name)
@@ -533,34 +491,7 @@ def test_eq17_entropy(name):
     assert ppo.policy_forward(moved, inputs)[0].entropy()[0].mean() > H
 
 
-def test_eq18_critic_loss():
-    """(V - R̂)² for each row; the best constant V is the mean return."""
-    inputs, returns = np.ones((3, 1)), np.array([1.0, 2.0, 6.0])
-    for bias, rows in [(0.0, [4.0, 1.0, 9.0]), (1.0, [9.0, 4.0, 4.0])]:
-        loss, (_, slope) = ppo.critic_loss([np.array([[3.0]]), np.array([bias])], inputs, returns)
-        assert_array_equal(loss, rows)
-        assert_allclose(slope, 2 * bias)
-
-
-TWO, REAL = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (2,))
-
-
-class Script:
-    """Two environments that play what is written here, whatever the actions. One terminates in step
-    1 and in step 5, the other is cut off in step 2; the steps after these are resets."""
-
-    num_envs, t = 2, 0
-    obs = np.array([[1, 0.3], [2, -1], [4, 1], [3, 2], [5, 7], [50, 0.5], [6, 3]])[:, :, None]
-    rewards = np.array([[1, 10], [2, 20], [0, 30], [3, 0], [4, 40], [5, 50]])
-    ends = np.zeros((2, 6, 2), bool)  # terminated and truncated
-    ends[0, [1, 5], 0] = ends[1, 2, 1] = True
-
-    def reset(self, seed):
-        return self.obs[0], {}
-
-    def step(self, actions):
-        self.t += 1
-        return self.obs[self.t], self.rewards[self.t - 1], *self.ends[:, self.t - 1], {}
+TWO, THREE, BOX = gym.spaces.Discrete(2), gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,))
 
 
 def an_agent(space, **chosen):
@@ -603,7 +534,7 @@ def test_eq19_learn():
 
 
 @pytest.mark.parametrize("objective", ["pg", "is", "trpo", "kl", "clip"])
-@pytest.mark.parametrize("space", [TWO, REAL], ids=POLICIES)
+@pytest.mark.parametrize("space", [TWO, BOX], ids=POLICIES)
 def test_eq19_update(space, objective):
     """Three epochs with one minibatch, written out: what becomes of θ, φ and β, and the record."""
     chosen = dict(objective=objective, kl_target=1e-3, ent_coef=0.3, clip=0.1, lr=0.1)
@@ -616,7 +547,6 @@ def test_eq19_update(space, objective):
     actions = ppo.policy_forward(actor, inputs)[0].sample(rng)
     log_prob_old, _ = ppo.policy_forward(actor, inputs)[0].log_prob(actions)
     record = ppo.update(agent, inputs, actions, advantages, returns, remaining=0.2)
-
     data = inputs, actions, log_prob_old, (advantages - np.mean(advantages)) / np.std(advantages)
 
     def loss(f, ent_coef, theta):
@@ -652,13 +582,6 @@ def test_eq19_update(space, objective):
 # B  The gradients ---------------------------------------------------------------------------------
 
 
-def assert_gradient(grads, f, params):
-    """grads is the gradient of the number f(params), to a relative error of 1e-6."""
-    numeric = numerical_gradient(f, params)
-    error = np.linalg.norm(flatten(grads) - numeric)
-    assert error <= 1e-6 * np.linalg.norm(numeric)
-
-
 @pytest.mark.parametrize("ent_coef", [0.0, 0.1])
 @pytest.mark.parametrize("objective", ["pg", "is", "kl alone", "kl", "clip"])
 @pytest.mark.parametrize("name", POLICIES)
@@ -667,16 +590,19 @@ def test_gradient_of_actor_loss(name, objective, ent_coef):
     actor, batch = minibatch(name)
     loss = partial(ppo.actor_loss, objective=objectives()[objective], ent_coef=ent_coef)
     args = dict(zip(["inputs", "actions", "log_prob_old", "advantages"], batch, strict=True))
-    assert_gradient(loss(actor, **args)[1], lambda x: loss(x, **args)[0].mean(), actor)
+    numeric = numerical_gradient(lambda x: loss(x, **args)[0].mean(), actor)
+    assert_allclose(flatten(loss(actor, **args)[1]), numeric, rtol=1e-6, atol=1e-9)
 
 
-def test_gradient_of_critic_loss():
-    """Squared error and network together, through three layers with biases."""
+def test_eq18_critic_loss():
+    """(V - R̂)² for each row, and the gradient of its mean, through three layers with biases."""
     rng = np.random.default_rng(0)
     critic = [x + 0.1 for x in ppo.init_mlp([3, 5, 4, 1], rng, dtype=np.float64)]
     inputs, returns = rng.standard_normal((8, 3)), rng.standard_normal(8)
-    _, grads = ppo.critic_loss(critic, inputs, returns)
-    assert_gradient(grads, lambda x: ppo.critic_loss(x, inputs, returns)[0].mean(), critic)
+    loss, grads = ppo.critic_loss(critic, inputs, returns)
+    assert_allclose(loss, (ppo.mlp_forward(critic, inputs)[0][:, 0] - returns) ** 2)
+    numeric = numerical_gradient(lambda x: ppo.critic_loss(x, inputs, returns)[0].mean(), critic)
+    assert_allclose(flatten(grads), numeric, rtol=1e-6, atol=1e-9)
 
 
 # C  The tests -------------------------------------------------------------------------------------
@@ -685,10 +611,10 @@ def test_gradient_of_critic_loss():
 
 SOURCE = Path(ppo.__file__).read_text(encoding="utf-8")
 MUTANTS = [
-    ("1 - x * x", "1 - x", "gradient_of_critic_loss"),
+    ("1 - x * x", "1 - x", "eq18_critic_loss"),
     ("q *= np.sign(np.diag(r))", "pass", "init_mlp"),
     ("self.logits + rng", "self.logits - rng", "categorical"),
-    ("d_logits[rows, actions] += 1", "pass", "eq3_log_derivative_trick_and_eglp", "Categorical"),
+    ("grad_logits[rows, actions] += 1", "pass", "eq3_log_derivative_trick_and_eglp", "Categorical"),
     ("z * z - 1]", "z * z]", "eq3_log_derivative_trick_and_eglp", "Gaussian"),
     ("self.std * rng", "rng", "gaussian_samples_by_its_density"),
     ("2 * np.pi * np.e)", "2 * np.pi)", "eq17_entropy", "Gaussian"),
@@ -715,25 +641,25 @@ MUTANTS = [
     ("kl(theta + step)[0] <= delta and ", "", "eq14_line_search", *LINE_SEARCH[1]),
     (" and surrogate(theta + step)[0] < loss_old", "", "eq14_line_search", *LINE_SEARCH[2]),
     (" and surrogate(theta + step)[0] < loss_old", "", "eq14_line_search", *LINE_SEARCH[3]),
-    ("d_surrogate + beta", "d_surrogate - beta", "eq15_kl_penalty"),
-    ("if kl > 1.5 * target", "if kl < 1.5 * target", "eq15_adaptive_beta"),
+    ("slope + beta * kl_slope", "slope - beta * kl_slope", "eq15_kl_penalty_and_adaptive_beta"),
+    ("if kl > 1.5 * target", "if kl < 1.5 * target", "eq15_kl_penalty_and_adaptive_beta"),
     ("-np.minimum(", "-np.maximum(", "eq16_clip_table"),
     ("ratio.clip(1", "(ratio * advantages).clip(1", "eq16_clip_is_literally_the_minimum"),
     ("surrogate <= clipped", "surrogate < clipped", "eq12_all_start_alike", "Gaussian"),
-    ("d - ent_coef * d_H", "d + ent_coef * d_H", "eq17_entropy", "Categorical"),
-    ("2 * error[:", "error[:", "gradient_of_critic_loss"),
+    ("d - ent_coef * grad", "d + ent_coef * grad", "eq17_entropy", "Categorical"),
+    ("2 * error[:", "error[:", "eq18_critic_loss"),
     ("1 - self.beta1**self.t", "1", "eq19_update", TWO, "is"),
     ("eps=1e-5", "eps=1e-8", "eq19_update", TWO, "pg"),
     ("(advantages - advantages.mean())", "advantages", "eq19_update", TWO, "clip"),
-    ("s.lr * remaining", "s.lr", "eq19_update", REAL, "clip"),
+    ("s.lr * remaining", "s.lr", "eq19_update", BOX, "clip"),
     ("s.ent_coef * remaining", "s.ent_coef", "eq19_update", TWO, "clip"),
     ("[inputs, returns], lr)", "[inputs, returns], s.lr)", "eq19_update", TWO, "pg"),
     ("s.max_grad_norm)", "1.0)", "eq19_update", TWO, "is"),
-    ("beta=agent.beta", "beta=1.0", "eq19_update", REAL, "kl"),
-    ("agent.beta = adapt_beta", "_ = adapt_beta", "eq19_update", REAL, "kl"),
-    ("epsilon=s.clip", "epsilon=0.2", "eq19_update", REAL, "clip"),
-    ("(abs(ratio_minus_1) >", "(ratio_minus_1 >", "eq19_update", REAL, "is"),
-    ("kl_divergence, 0), s.kl_target", "kl_divergence, 0), 0.01", "eq19_update", REAL, "trpo"),
+    ("beta=agent.beta", "beta=1.0", "eq19_update", BOX, "kl"),
+    ("agent.beta = adapt_beta", "_ = adapt_beta", "eq19_update", BOX, "kl"),
+    ("epsilon=s.clip", "epsilon=0.2", "eq19_update", BOX, "clip"),
+    ("(abs(ratio_minus_1) >", "(ratio_minus_1 >", "eq19_update", BOX, "is"),
+    ("kl_divergence, 0), s.kl_target", "kl_divergence, 0), 0.01", "eq19_update", BOX, "trpo"),
     ("advantages.var() / (returns.", "returns.var() / (advantages.", "eq19_update", TWO, "pg"),
     ("advantages = gae(", "values[-1] = values[-2]; advantages = gae(", "eq19_learn"),
     ("inputs = agent.n", "agent.obs_stats.update(obs); inputs = agent.n", "eq19_learn"),
@@ -762,8 +688,7 @@ def test_mutant_is_noticed(mutant, monkeypatch):
 
 
 def test_init_mlp():
-    """Rows or columns, whichever are fewer, are orthogonal: length √2 in hidden layers, then
-    out_gain; biases are 0. No direction is preferred: weights are as often positive as negative."""
+    """Orthogonal, of length √2 or, at last, out_gain; no direction preferred; biases 0."""
     rng = np.random.default_rng(0)
     for sizes in [3, 8, 5, 2], [8, 2, 9, 1]:
         params = ppo.init_mlp(sizes, rng, out_gain=0.1)
@@ -777,8 +702,7 @@ def test_init_mlp():
 
 
 def test_categorical():
-    """Literal values, where exp alone would overflow; and of a hundred thousand draws, each action
-    has its share, within 4 standard errors."""
+    """Literal values where exp alone would overflow; each action has its share of draws."""
     policy = ppo.Categorical(np.array([[1e4, 1e4, -1e4], [0.0, np.log(2), np.log(5)]]))
     half, probs, n = np.log(1 / 2), np.array([1 / 8, 2 / 8, 5 / 8]), 100_000
     assert_allclose(policy.log_probs, [[half, half, -2e4 + half], np.log(probs)])
@@ -789,8 +713,7 @@ def test_categorical():
 
 
 def test_gaussian_samples_by_its_density():
-    """Of a hundred thousand draws 15.87, 50 and 84.13 % lie below mean - std, mean and mean + std,
-    and the two dimensions are independent."""
+    """The draws have the shares of the normal distribution, independent in each dimension."""
     n, mean = 100_000, np.tile([1.0, -3.0], (100_000, 1))
     policy = ppo.Gaussian(mean, np.log([0.5, 2.0]))
     z = (policy.sample(np.random.default_rng(0)) - mean) / [0.5, 2.0]
@@ -810,14 +733,10 @@ def test_clip_by_global_norm():
 
 def test_fit_shows_every_row_once_an_epoch():
     """Minibatches of equal size, at most B; each epoch in another order, rows kept together."""
-    agent, rows, seen = an_agent(TWO, epochs=3, minibatch_size=4), np.arange(10.0), []
-
-    def loss(*batch):
-        seen.append(np.array(batch))
-        return None, [np.zeros(2)]
-
-    ppo.fit(agent, ppo.Adam(np.zeros(2)), loss, [rows, -rows], lr=0.1)
-    assert [x.shape[1] for x in seen] == [3, 3, 4] * 3
+    agent, adam = an_agent(TWO, epochs=3, minibatch_size=4), ppo.Adam(np.zeros(2))
+    rows, seen = np.arange(10.0), []
+    ppo.fit(agent, adam, lambda *data: (seen.append(data), [adam.m]), [rows, -rows], lr=0.1)
+    assert [len(x) for x, _ in seen] == [3, 3, 4] * 3
     x, y = np.concatenate(seen, axis=1).reshape(2, 3, 10)
     assert_array_equal(x, -y)
     assert_array_equal(np.sort(x), [rows] * 3)
@@ -827,36 +746,26 @@ def test_fit_shows_every_row_once_an_epoch():
 LECTURE = [x.name for x in ast.parse(SOURCE.split("# §8")[0]).body if hasattr(x, "name")]
 
 
-def arrays_in(value):
-    """Every array in nested lists and tuples."""
-    if isinstance(value, list | tuple):
-        return [array for item in value for array in arrays_in(item)]
-    return [value] if isinstance(value, np.ndarray) else []
+def checked(x):
+    """x, of which every array must be finite, and float32 unless it holds whole numbers."""
+    if isinstance(x, list | tuple):
+        return type(x)(map(checked, x))
+    if isinstance(x, np.ndarray):
+        assert (x.dtype == np.float32 or x.dtype.kind in "bi") and np.isfinite(x).all()
+    return x
 
 
 @pytest.mark.parametrize("scale", [0, 1e-6, 1e6])
 @pytest.mark.parametrize("objective", ["pg", "is", "trpo", "kl", "clip"])
-@pytest.mark.parametrize("space", [TWO, REAL], ids=POLICIES)
+@pytest.mark.parametrize("space", [TWO, BOX], ids=POLICIES)
 def test_definitions_run_alone_and_keep_float32(space, objective, scale, monkeypatch):
     """§1-§7, pasted into an empty file under `import numpy as np`, carry two iterations of a run;
     whatever they return is float32 and finite, for constant, tiny and huge rewards."""
-
-    def checked(f):
-        def g(*args, **kwargs):
-            result = f(*args, **kwargs)
-            for x in arrays_in(result):
-                assert x.dtype == np.float32 or x.dtype.kind in "bi"
-                assert np.isfinite(x).all()
-            return result
-
-        return g
-
     pasted = {"np": np}
     for name in LECTURE:
         exec(inspect.getsource(getattr(ppo, name)), pasted)
         if isinstance(pasted[name], types.FunctionType):
-            pasted[name] = checked(pasted[name])
-    for name in LECTURE:
+            pasted[name] = lambda *args, f=pasted[name], **more: checked(f(*args, **more))
         monkeypatch.setattr(ppo, name, pasted[name])
     chosen = dict(objective=objective, num_steps=3, total_steps=12, minibatch_size=1)
     agent, envs = an_agent(space, **chosen), Script()
@@ -873,128 +782,83 @@ TINY = dict(num_envs=2, num_steps=8, minibatch_size=8, total_steps=32, episodes=
 ARGV = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
 
 
-def register(env_id, entry_point, **kwargs):
-    """Register an environment, or one that is a vector, in place of an earlier one of this name."""
-    gym.registry.pop(env_id, None)
-    kind = "vector_entry_point" if issubclass(entry_point, gym.vector.VectorEnv) else "entry_point"
-    gym.register(env_id, **{kind: entry_point}, kwargs=kwargs)
-
-
 class Odd(gym.Env):
-    """Observations and actions of any space; reward 1 for each of ten actions inside its space."""
+    """Observations and actions of any space; reward 1 for each action inside its space. Episodes
+    end for true after a number of steps in ends, and at a time limit after one in limits."""
 
     metadata = {"render_modes": ["human"], "render_fps": 50}
+    transitions = []
 
-    def __init__(self, observation_space, action_space, end="time limit", render_mode=None):
-        self.observation_space, self.action_space = observation_space, action_space
-        self.end, self.render_mode = end, render_mode
+    def __init__(self, spaces, ends=(), limits=(10,), render_mode=None):
+        self.observation_space, self.action_space = spaces
+        self.ends, self.limits, self.render_mode = ends, limits, render_mode
 
     def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
         if self.render_mode == "human":
             raise RuntimeError("no display")
-        self.t = 0
-        return self.observation_space.sample(), {}
+        self.t, self.length = 0, self.np_random.choice([*self.ends, *self.limits])
+        self.obs = self.observation_space.sample()
+        return self.obs, {}
 
     def step(self, action):
         assert self.action_space.contains(np.asarray(action)), action
-        self.t += 1
-        ends = (self.t == 10 and self.end == end for end in ("true end", "time limit"))
-        return self.observation_space.sample(), 1.0, *ends, {}
+        Odd.transitions.append((self.obs, action))
+        self.obs, self.t = self.observation_space.sample(), self.t + 1
+        over, true_end = self.t == self.length, self.length in self.ends
+        return self.obs, 1.0, over and true_end, over and not true_end, {}
 
 
-def odd(observation_space, action_space, **kwargs):
-    """The name of an environment with these spaces."""
-    register(
-        "Odd-v0", Odd, observation_space=observation_space, action_space=action_space, **kwargs
-    )
-    return "Odd-v0"
+def odd(*spaces, env_id="Odd-v0", **kwargs):
+    """The name of an environment with these spaces, of observations and of actions."""
+    gym.registry.pop(env_id, None)
+    gym.register(env_id, Odd, kwargs={"spaces": spaces, **kwargs})
+    return env_id
 
 
-BOX, THREE = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(3)
 ONE = gym.spaces.Box(1, 1, (1,))  # a state that never changes
+MIXED = odd(BOX, BOX, env_id="Mixed-v0", ends=(2, 4, 6), limits=(1, 3, 5, 7))
 
 
-@pytest.mark.parametrize(("end", "value"), [("time limit", 10), ("true end", 4.138)])
-def test_a_time_limit_is_no_end(end, value):
-    """Reward 1 for ever is worth 1/(1-γ) = 10, however often a time limit interrupts it. With true
-    ends it is worth what is left, (1 - γ^n)/(1-γ) for n from 1 to 10: 10 - 9 (1 - γ^10) on average.
-    A rollout holds six episodes of ten steps and a reset, so that none is cut."""
+@pytest.mark.parametrize(("ends", "limits", "value"), [((), [10], 10), ([10], (), 4.138)])
+def test_a_time_limit_is_no_end(ends, limits, value):
+    """Reward 1 for ever is worth 1/(1-γ) = 10, whatever time limits interrupt it; with true ends it
+    is worth 10 - 9 (1 - γ^10) on average. A rollout holds six times ten steps and a reset."""
     chosen = dict(num_steps=66, total_steps=30_000, gamma=0.9, lam=1.0, lr=3e-3, seed=300)
-    agent, _ = ppo.train(env=odd(ONE, THREE, end=end), **chosen)
+    agent, _ = ppo.train(env=odd(ONE, THREE, ends=ends, limits=limits), **chosen)
     values, _ = ppo.mlp_forward(agent.critic, agent.normalize(np.ones((1, 1), np.float32)))
     assert values.item() * agent.return_stats.var**0.5 == pytest.approx(value, rel=0.03)
 
 
-class Diary(gym.Env):
-    """Every observation occurs once; true ends and time limits alternate at odd lengths."""
-
-    observation_space, action_space = gym.spaces.Box(0, np.inf, (1,)), gym.spaces.Box(-1, 1, (1,))
-    transitions, clock = [], 0
-
-    def see(self):
-        Diary.clock += 1
-        self.obs = np.array([Diary.clock], np.float32)
-        return self.obs
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t, self.length = 0, self.np_random.integers(1, 8)
-        return self.see(), {}
-
-    def step(self, action):
-        before = self.obs.item()
-        self.t += 1
-        over, even = self.t == self.length, self.length % 2 == 0
-        Diary.transitions.append((before, action.item(), self.see().item()))
-        return self.obs, 1.0, over and even, over and not even, {}
-
-
-register("Diary-v0", Diary)
-
-
-def test_every_transition_is_learned_from_once(monkeypatch):
-    """Reset rows never reach the learner; the rows of both kinds of last steps do, exactly once,
-    with the action that was sampled, of which the environment sees the clipped one."""
-    following, learned, rollout, update = {}, [], ppo.rollout, ppo.update
-
-    def watched_rollout(*args):
-        observations, *rest = rollout(*args)
-        following.update(zip(observations[:-1].ravel(), observations[1:].ravel(), strict=True))
-        return observations, *rest
+@pytest.mark.parametrize(("num_envs", "num_steps"), [(3, 17), (1, 1)])
+def test_every_transition_is_learned_from_once(num_envs, num_steps, monkeypatch):
+    """Reset rows never reach the learner, which passes over rollouts of nothing else; both kinds of
+    last steps do, once, with the action that was sampled; the environment sees the clipped one."""
+    learned, update = [], ppo.update
 
     def watched_update(agent, inputs, actions, *rest):
-        learned.extend(zip(inputs[:, 0], actions[:, 0], strict=True))
+        assert len(actions) > 0
+        learned.extend(zip(inputs.tolist(), actions, strict=True))
         return update(agent, inputs, actions, *rest)
 
-    monkeypatch.setattr(ppo, "rollout", watched_rollout)
     monkeypatch.setattr(ppo, "update", watched_update)
     monkeypatch.setattr(ppo.Agent, "normalize", lambda agent, obs: obs)
-    Diary.transitions.clear()
-    ppo.train(env="Diary-v0", num_envs=3, num_steps=17, total_steps=459, log_std_init=0.0)
-    assert len(learned) == len(Diary.transitions) > 300
-    transitions = [(s, a.clip(-1, 1), following[s]) for s, a in learned]
-    assert sorted(transitions) == sorted(Diary.transitions)
-    assert any(abs(a) > 1 for _, a in learned)
-
-
-def test_a_rollout_of_resets_only_is_passed_over():
-    """One environment and one step: every row after an ending is a rollout without transitions."""
-    _, history = ppo.train(env="Diary-v0", num_envs=1, num_steps=1, total_steps=60)
-    assert 30 < len(history) < 60
+    monkeypatch.setattr(Odd, "transitions", [])
+    ppo.train(env=MIXED, num_envs=num_envs, num_steps=num_steps, total_steps=459, log_std_init=0.0)
+    assert len(learned) == len(Odd.transitions) > 300
+    transitions = [[s, a.clip(-1, 1).tolist()] for s, a in learned]
+    assert sorted(transitions) == sorted([s.tolist(), a.tolist()] for s, a in Odd.transitions)
+    assert any(abs(a).max() > 1 for _, a in learned)
 
 
 # F  The tasks -------------------------------------------------------------------------------------
 
-
 OBSERVATIONS = [
     (gym.spaces.Box(0, 255, (3,), np.uint8), "discrete actions"),
-    (gym.spaces.Box(-1, 1, (3,), np.float64), "discrete actions"),
-    (gym.spaces.Box(0, 1, ()), "discrete actions"),
+    (gym.spaces.Box(0, 1, (), np.float64), "discrete actions"),
     (gym.spaces.Box(0, 255, (4, 4, 3), np.uint8), "discrete actions"),
-    (gym.spaces.Tuple([THREE, BOX]), "discrete actions"),
     (gym.spaces.Dict(a=BOX, b=gym.spaces.Dict(c=THREE)), "discrete actions"),
     (gym.spaces.Discrete(5, start=-2), "one-hot observations"),
-    (gym.spaces.MultiBinary(4), "one-hot observations"),
     (gym.spaces.MultiDiscrete([3, 2]), "one-hot observations"),
     (gym.spaces.Tuple([THREE, THREE]), "one-hot observations"),
 ]
@@ -1006,24 +870,18 @@ ACTIONS_AND_LEGAL = [  # a space, what the actor wants, what env.step receives
     (gym.spaces.Box(-np.inf, np.inf, (2,)), [9, -9], [9, -9]),
     (gym.spaces.Box(0, 255, (), np.uint8), [254.6], 255),
 ]
+SPACES = [(space, THREE, kind) for space, kind in OBSERVATIONS]
+SPACES += [(BOX, space, "real actions") for space, _, _ in ACTIONS_AND_LEGAL[2:]]
 
 
-@pytest.mark.parametrize(
-    ("observation_space", "action_space", "kind"),
-    [(space, THREE, kind) for space, kind in OBSERVATIONS]
-    + [(BOX, space, "real actions") for space, _, _ in ACTIONS_AND_LEGAL[2:]],
-    ids=str,
-)
+@pytest.mark.parametrize(("observation_space", "action_space", "kind"), SPACES, ids=str)
 def test_spaces(observation_space, action_space, kind):
-    """Whatever Gymnasium can flatten is observed; actions arrive inside their space, chosen for one
-    observation or for a batch; one-hot observations alone are not normalised."""
+    """All that can be flattened is observed; actions are legal, one or a batch."""
     agent, history = ppo.train(env=odd(observation_space, action_space), **TINY)
     assert history[-1]["mean_return"] == 10
-    assert_array_equal(ppo.evaluate(agent, episodes=3), [10, 10, 10])
     inputs = np.eye(agent.actor[0].shape[0], dtype=np.float32)  # indicators are seen as they are
     assert (agent.normalize(inputs) == inputs).all() == (kind == "one-hot observations")
     envs = gym.make_vec("Odd-v0", num_envs=3, vectorization_mode="sync")
-    assert ppo.kind_of(envs) == kind
     obs, _ = envs.reset(seed=0)
     actions = agent.act(obs)
     envs.step(actions)
@@ -1035,18 +893,11 @@ def test_spaces(observation_space, action_space, kind):
 def play_plainly(env, agent, seed=0):
     """The README's loop: the return of one episode in an environment made by gym.make."""
     env = gym.make(env, disable_env_checker=True)
-    obs, _ = env.reset(seed=seed)
-    total, over = 0, False
+    (obs, _), total, over = env.reset(seed=seed), 0, False
     while not over:
         obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
         total, over = total + reward, terminated or truncated
     return total
-
-
-def test_an_observation_of_parts_may_leave_its_space():
-    """Of another dtype and out of bounds, as Gymnasium lets environments return them."""
-    agent = ppo.new_agent(odd(gym.spaces.Dict(a=BOX, b=THREE), THREE))
-    assert agent.act({"a": np.array([2.0, 0.0]), "b": 1}) in THREE
 
 
 @pytest.mark.parametrize(("space", "wanted", "received"), ACTIONS_AND_LEGAL, ids=str)
@@ -1061,8 +912,7 @@ def test_actions_are_legal(space, wanted, received):
 
 
 def test_settings_are_chosen_by_kind_and_by_name(monkeypatch):
-    """What is chosen wins over the task's settings, these over the kind's, these over the defaults;
-    a task is found without its version and behind a module, too."""
+    """Chosen wins over task, task over kind, kind over default, whatever the version."""
     for name, row in (ppo.KINDS | ppo.TASKS).items():
         ppo.Settings(name, **row)  # raises where a number is out of range
     monkeypatch.setitem(ppo.KINDS, "real actions", dict(lr=0.5, gamma=0.5, lam=0.5))
@@ -1073,23 +923,21 @@ def test_settings_are_chosen_by_kind_and_by_name(monkeypatch):
     assert ppo.new_agent("MountainCarContinuous-v0").settings.gamma == 0.5
 
 
-SHORT = {
-    "CartPole-v1": (40_000, 200),
-    "Acrobot-v1": (40_000, -130),
-    "MountainCar-v0": (60_000, -170),
-    "MountainCarContinuous-v0": (30_000, 90),
-    "Pendulum-v1": (40_000, -600),
-    "FrozenLake-v1": (60_000, 0.45),
-    "Taxi": (100_000, -100),
-    "CliffWalking": (60_000, -20),
-}
+SHORT = [  # task, steps, mean return
+    ("CartPole-v1", 40_000, 200),
+    ("Acrobot-v1", 40_000, -130),
+    ("MountainCar-v0", 60_000, -170),
+    ("MountainCarContinuous-v0", 30_000, 90),
+    ("Pendulum-v1", 40_000, -600),
+    ("FrozenLake-v1", 120_000, 0.45),
+    ("Taxi", 100_000, -100),
+    ("CliffWalking", 60_000, -20),
+]
 
 
-@pytest.mark.filterwarnings("ignore:.*latest versioned")
-@pytest.mark.parametrize("task", SHORT)
-def test_tasks_are_learned(task):
+@pytest.mark.parametrize(("task", "steps", "enough"), SHORT)
+def test_tasks_are_learned(task, steps, enough):
     """A short run with the settings of the task comes far above what a broken learner reaches."""
-    steps, enough = SHORT[task]
     agent, _ = ppo.train(env=task, total_steps=steps, seed=300)
     assert ppo.evaluate(agent, episodes=50).mean() >= enough
     assert np.mean([play_plainly(task, agent, seed) for seed in range(20)]) >= enough
@@ -1114,35 +962,33 @@ class Uneven(gym.vector.VectorEnv):
         return self.obs, 1.0 - resets, self.t == self.lengths, np.zeros(self.num_envs, bool), {}
 
 
-uneven = pytest.mark.filterwarnings("ignore:.*autoreset_mode")  # it is no AutoresetMode
+VECTORS = {"Uneven": {}, "Endless": {"ends": False}, "Long": {"obs_dim": 1000}}
+for name, kwargs in (VECTORS | {"SameStep": {"mode": "SameStep"}}).items():
+    gym.register(f"{name}-v0", vector_entry_point=Uneven, kwargs=kwargs)
+odd(BOX, gym.spaces.MultiBinary(3), env_id="Wide-v0")
+odd(gym.spaces.Text(5), THREE, env_id="Text-v0")
 
 
-@uneven
 def test_evaluation_counts_whole_episodes_of_every_length():
-    """Ten environments with episodes of 1 to 10 steps: each is counted once in every round, though
-    the short ones could be played more often meanwhile. What never ends is cut at 1,000 steps."""
-    register("Uneven-v0", Uneven)
+    """Each of ten environments plays once a round; what never ends is cut at 1,000 steps."""
     agent, once = ppo.new_agent("Uneven-v0"), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert_array_equal(ppo.evaluate(agent, episodes=25), once + once + once[:5])
     assert_array_equal(ppo.evaluate(agent, episodes=3), [1, 2, 3])
-    assert_array_equal(ppo.evaluate(agent), once * 10)
-    register("Endless-v0", Uneven, ends=False)
     assert_array_equal(ppo.evaluate(ppo.new_agent("Endless-v0"), episodes=12), [1000] * 12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-@pytest.mark.parametrize("quantity", ["observation", "reward"])
-def test_numbers_that_are_not_finite_stop_the_run(quantity, value, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("index", [0, 1], ids=["observation", "reward"])
+def test_numbers_that_are_not_finite_stop_the_run(index, value, tmp_path, monkeypatch, capsys):
     """One line says so; the policy of the iterations before is kept."""
     path, steps, step = tmp_path / "policy.npz", [], Odd.step
 
     def broken_step(env, action):
         steps.append(action)
-        obs, reward, *ends = step(env, action)
-        obs[0], reward = {"observation": (value, reward), "reward": (obs[0], value)}.get(
-            len(steps) == 30 and quantity, (obs[0], reward)
-        )
-        return obs, reward, *ends
+        results = [*step(env, action)]
+        if len(steps) == 30:
+            results[index] = np.full(np.shape(results[index]), value)
+        return tuple(results)
 
     monkeypatch.setattr(Odd, "step", broken_step)
     argv = ["--env", odd(BOX, BOX), "--num-envs=1", "--num-steps=16", "--save", str(path)]
@@ -1179,80 +1025,57 @@ def test_wrong_numbers(f, wrong, capsys):
     assert f.name in line.replace("-", "_")
 
 
-register("Wide-v0", Odd, observation_space=BOX, action_space=gym.spaces.MultiBinary(3))
-register("Text-v0", Odd, observation_space=gym.spaces.Text(5), action_space=THREE)
-register("Long-v0", Uneven, obs_dim=1000)
-register("SameStep-v0", Uneven, mode="SameStep")
-
-
-@uneven
 @pytest.mark.parametrize(
     ("line", "clue"),
     [
         ("--env CartPole-v9", "v1"),
-        ("--env ''", "cannot make"),
-        ("--env no_such_module:Env-v0", "no_such_module"),
         ("--env Wide-v0", "MultiBinary(3)"),
         ("--env Text-v0", "Text"),
         ("--env SameStep-v0", "NEXT_STEP"),
         ("--objective ppo", "pg, is, trpo, kl or clip"),
-        ("--hidden 64 x", "--hidden"),
         ("--gama 0.9", "--gama"),
-        ("CartPole-v1", "CartPole-v1"),
         ("--play missing.npz", "missing.npz"),
-        ("--load missing.npz", "missing.npz"),
         ("--save missing/folder/p.npz", "missing/folder"),
-        ("--save /", "cannot save /"),
-        ("--log missing/folder/l.csv", "missing/folder"),
         ("--env Long-v0 --num-envs 4096 --num-steps 1000000 --total-steps 9999999999", "allocate"),
     ],
 )
 def test_wrong_command_lines(line, clue, capsys):
     """What cannot work is refused in one line that says what to change."""
-    assert clue in refused([*ARGV, *shlex.split(line)], capsys)
+    assert clue in refused([*ARGV, *line.split()], capsys)
 
 
-FLOATS = {
-    f.name: st.floats(f.metadata["low"], f.metadata["high"]) for f in NUMBERS if f.type is float
-}
+FLOATS = [f for f in NUMBERS if f.type is float]
+RANDOM = {f.name: st.floats(f.metadata["low"], f.metadata["high"]) for f in FLOATS}
+for name in ("num_envs", "num_steps", "epochs", "minibatch_size"):
+    RANDOM[name] = st.integers(1, 6)
+RANDOM["hidden"] = st.lists(st.integers(1, 6), min_size=1, max_size=3)
+RANDOM["objective"] = st.sampled_from(["pg", "is", "trpo", "kl", "clip"])
+RANDOM["env"] = st.sampled_from(["CartPole-v1", "Pendulum-v1", MIXED, "FrozenLake-v1"])
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(
-    chosen=st.fixed_dictionaries(FLOATS),
-    sizes=st.tuples(*[st.integers(1, 6)] * 4),
-    hidden=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    objective=st.sampled_from(["pg", "is", "trpo", "kl", "clip"]),
-    env=st.sampled_from(["CartPole-v1", "Pendulum-v1", "Diary-v0", "FrozenLake-v1"]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_random_settings_keep_the_parameters_finite(chosen, sizes, **others):
+@given(st.fixed_dictionaries(RANDOM), st.integers(0, 2**32 - 1))
+def test_random_settings_keep_the_parameters_finite(chosen, seed):
     """Any valid settings run two iterations; no parameter becomes NaN or infinite."""
-    names = ["num_envs", "num_steps", "epochs", "minibatch_size"]
-    chosen = chosen | others | dict(zip(names, sizes, strict=True))
+    total_steps = 2 * chosen["num_envs"] * chosen["num_steps"]
     with np.errstate(all="ignore"):
-        agent, _ = ppo.train(**chosen, total_steps=2 * sizes[0] * sizes[1])
+        agent, _ = ppo.train(**chosen, seed=seed, total_steps=total_steps)
     assert np.isfinite(agent.theta).all() and np.isfinite(agent.phi).all()
 
 
 def test_a_run_prints_and_logs_what_it_does(tmp_path, monkeypatch, capsys):
-    """Kind, settings, rows, curve, evaluation; a CSV row for each iteration. train prints rows when
-    asked; only a terminal gets control characters, with the time that is left."""
+    """Settings, rows, curve, CSV; control characters for terminals only; train if asked."""
     log = tmp_path / "run.csv"
     assert ppo.main([*ARGV, "--log", str(log)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("discrete actions") and err == ""
     assert all(f"{f.name}=" in out for f in dataclasses.fields(ppo.Settings))
     assert printed_steps(out) == [16, 32] and "mean return over" in out
-    assert out.splitlines()[-1].startswith("greedy evaluation over 2 episodes: mean")
     assert not set(out) & set("\r\b\x1b")
-    rows = list(csv.DictReader(log.read_text().splitlines()))
-    assert [row["steps"] for row in rows] == ["16", "32"]
-    assert float(rows[0]["entropy"]) == pytest.approx(np.log(2), abs=0.1)
-    ppo.train(**TINY)
-    assert capsys.readouterr() == ("", "")
-    ppo.train(verbose=True, **TINY)
-    assert printed_steps(capsys.readouterr().out) == [16, 32]
+    assert [row.split(",")[0] for row in log.read_text().splitlines()] == ["steps", "16", "32"]
+    for verbose in (False, True):
+        ppo.train(verbose=verbose, **TINY)
+        assert printed_steps(capsys.readouterr().out) == [16, 32] * verbose
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert ppo.main(ARGV) == 0
     assert re.search(r" 50%.* steps/s, .* s left *\r", capsys.readouterr().out)
@@ -1261,21 +1084,20 @@ def test_a_run_prints_and_logs_what_it_does(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("total_steps", [1, 63, 60_001])
 def test_the_last_row_is_printed(total_steps, capsys):
     """Whatever the budget is; and there are about twenty rows."""
-    flags = ["--epochs=1", "--minibatch-size=1024", "--episodes=1"]
-    assert ppo.main([f"--total-steps={total_steps}", *flags]) == 0
+    ppo.train(verbose=True, total_steps=total_steps, epochs=1, minibatch_size=1024)
     steps = printed_steps(capsys.readouterr().out)
     assert total_steps <= steps[-1] < total_steps + 16 and len(steps) <= 22
 
 
 def test_what_can_be_made_to_work_works():
-    """One environment; a minibatch larger than the rollout is the rollout; hidden as a list."""
-    assert ppo.main(["--num-envs=1", "--total-steps=128", "--episodes=1"]) == 0
-    whole, large = (
-        ppo.train(**TINY | {"total_steps": 16, "minibatch_size": size})[0] for size in (16, 10**9)
-    )
+    """Minibatches beyond the rollout; hidden as list or number; parts of another dtype."""
+    chosen = dict(num_envs=1, num_steps=16, total_steps=16)
+    whole, _ = ppo.train(**chosen, minibatch_size=16, hidden=[5])
+    large, _ = ppo.train(**chosen, minibatch_size=10**9, hidden=5)
     assert_array_equal(whole.theta, large.theta)
-    agent, _ = ppo.train(hidden=[5, 6], **TINY)
-    assert [p.shape for p in agent.actor] == [(4, 5), (5,), (5, 6), (6,), (6, 2), (2,)]
+    assert [p.shape for p in whole.actor] == [(4, 5), (5,), (5, 2), (2,)]
+    agent = ppo.new_agent(odd(gym.spaces.Dict(a=BOX, b=THREE), THREE))
+    assert agent.act({"a": np.array([2.0, 0.0]), "b": 1}) in THREE
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "FrozenLake-v1"])
@@ -1287,12 +1109,10 @@ def test_a_policy_file_plays_as_the_run_ended(env, tmp_path, capsys):
     assert ppo.main(["--play", path]) == 0
     assert capsys.readouterr().out.splitlines() == [last]
     assert f"over 2 episodes: mean {ppo.evaluate(ppo.load(path)).mean():.2f}" in last
-    assert os.listdir(tmp_path) == ["policy.npz"]
 
 
 def test_a_warm_start_learns_on(tmp_path, monkeypatch):
-    """The policy is the file's, bit for bit; the optimiser is new, and the schedule begins again.
-    What was solved stays solved."""
+    """The policy is the file's, bit for bit; optimiser and schedule begin again."""
     path, rates, step = str(tmp_path / "policy.npz"), [], ppo.Adam.step
     trained, _ = ppo.train(total_steps=60_000, seed=300)
     ppo.save(path, trained)
@@ -1303,65 +1123,44 @@ def test_a_warm_start_learns_on(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo.Adam, "step", lambda *args: rates.append(args[-1]) or step(*args))
     history = list(ppo.run(agent, verbose=False))
     assert rates[0] == agent.settings.lr and agent.actor_adam.t == len(rates) / 2
-    assert (agent.theta != trained.theta).any()
     assert history[-1]["mean_return"] > 475 and ppo.evaluate(agent, 20).mean() > 475
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, ("exploded",))
-
-
-def written(write, *args, **kwargs):
-    """The bytes that a function writes to a file."""
-    buffer = io.BytesIO()
-    write(buffer, *args, **kwargs)
-    return buffer.getvalue()
-
-
-def hostile_files(folder):
-    """Name and content of files that are no policies."""
-    good = folder / "good.npz"
-    ppo.save(str(good), ppo.new_agent())
-    yield from {"empty": b"", "text": b"no policy", "cut": good.read_bytes()[:9999]}.items()
-    yield from {"pickle": pickle.dumps(Bomb()), "npy": written(np.save, np.ones(3))}.items()
-    with np.load(good) as file:
-        state = dict(file)
-    chosen = json.loads(str(state["settings"]))
-    wrong = dict(seed=1.5, lr="fast", env=5, gamma=None, objective=["clip"], new=1)
-    changes = [("settings", text) for text in ("{", "[1]", "[" * 100_000)]
-    changes += [("settings", json.dumps(chosen | {name: x})) for name, x in wrong.items()]
-    changes += [(name, np.array([Bomb()], object)) for name in ("settings", "actor_0", "obs_mean")]
-    changes += [(name, np.full_like(state[name], np.nan)) for name in ("critic_3", "obs_var")]
-    changes += [("critic_0", np.ones((3, 3))), ("actor_1", np.full(64, 1e300))]
-    changes += [("actor_0", np.full((4, 64), x)) for x in ("a", 1j)]
-    for i, (name, value) in enumerate(changes):
-        yield f"{name}-{i}", written(np.savez, **state | {name: value})
-    for name in state:
-        yield f"without-{name}", written(np.savez, **{k: x for k, x in state.items() if k != name})
-    huge = {"descr": "<f4", "fortran_order": False, "shape": (10**15,)}
-    with zipfile.ZipFile(folder / "oversized", "w") as archive:
-        header = written(np.lib.format.write_array_header_1_0, huge)
-        archive.writestr("settings.npy", header)
-    yield "oversized", (folder / "oversized").read_bytes()
 
 
 @pytest.mark.parametrize("flag", ["--play", "--load"])
 def test_files_that_are_no_policies(flag, tmp_path, monkeypatch, capsys):
     """One line, status 2, and nothing in the file is executed."""
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, ("exploded",)
+
     monkeypatch.chdir(tmp_path)
-    for name, content in hostile_files(tmp_path):
-        (tmp_path / name).write_bytes(content)
-        assert name in refused([*ARGV, flag, name], capsys)
-    for changes in ("--env=Acrobot-v1", "--hidden=32"):  # a good file that does not fit
-        assert "good.npz" in refused([*ARGV, flag, "good.npz", changes], capsys)
+    ppo.save("good.npz", ppo.new_agent())
+    whole = Path("good.npz").read_bytes()
+    for content in b"", b"no policy", whole[:9999], pickle.dumps(Bomb()):
+        Path("bad.npz").write_bytes(content)
+        assert "bad.npz" in refused([*ARGV, flag, "bad.npz"], capsys)
+    with np.load("good.npz") as file:
+        good = dict(file)
+    chosen = json.loads(str(good["settings"]))
+    wrong = dict(seed=1.5, lr="fast", env=5, gamma=None, objective=["clip"], new=1)
+    changes = [("settings", json.dumps(chosen | {name: x})) for name, x in wrong.items()]
+    changes += [("settings", "[1]"), ("settings", "[" * 100_000), ("critic_0", np.ones((3, 3)))]
+    changes += [(name, np.array([Bomb()], object)) for name in ("settings", "actor_0", "obs_mean")]
+    changes += [("actor_0", np.full((4, 64), x)) for x in ("a", 1j, 1e300, np.nan)]
+    bad = [good | {name: value} for name, value in changes]
+    bad += [{k: x for k, x in good.items() if k != name} for name in good]
+    for arrays in bad:
+        np.savez("bad.npz", **arrays)
+        assert "bad.npz" in refused([*ARGV, flag, "bad.npz"], capsys)
+    for option in ("--env=Acrobot-v1", "--hidden=32"):  # a good file that does not fit
+        assert "good.npz" in refused([*ARGV, flag, "good.npz", option], capsys)
     assert not os.path.exists("exploded")
 
 
 @pytest.mark.parametrize("where", ["rollout", "gae", "critic_loss"])
 def test_an_interrupted_run_keeps_its_policy(where, tmp_path, monkeypatch, capsys):
-    """Ctrl-C at any point: policy saved, curve printed, status 130; and no evaluation, which would
-    have to be cut short, and so would count short episodes only."""
+    """Ctrl-C anywhere: policy saved, curve printed, status 130, and no biased evaluation."""
     path, function, calls = str(tmp_path / "p.npz"), getattr(ppo, where), []
 
     def interrupted(*args):
@@ -1380,8 +1179,7 @@ def test_an_interrupted_run_keeps_its_policy(where, tmp_path, monkeypatch, capsy
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows reports no broken pipe")
 @pytest.mark.parametrize(("flag", "lines"), [("--save", 7), ("--save", 0), ("--play", 0)])
 def test_a_closed_pipe_ends_quietly(flag, lines, tmp_path):
-    """| head: a run ends with its policy saved, and nothing on standard error; so does the program
-    where its only line is written as it exits."""
+    """| head: the policy is saved and nothing said, even where only the exit writes."""
     path, pipe = str(tmp_path / "p.npz"), subprocess.PIPE
     ppo.save(path, ppo.new_agent())
     argv = [sys.executable, ppo.__file__, flag, path, "--total-steps=200000", "--episodes=1"]
@@ -1403,7 +1201,7 @@ def test_a_full_disk_leaves_the_earlier_file_whole(tmp_path, monkeypatch, capsys
     class Full(io.FileIO):
         def write(self, data):
             super().write(data[:99])
-            raise OSError(errno.ENOSPC, "No space left")
+            raise OSError(28, "No space left")
 
     monkeypatch.setattr(ppo, "open", lambda name, mode: Full(name, mode[0]), raising=False)
     argv = [*ARGV, "--load", str(path), "--save", str(path)]
@@ -1412,26 +1210,15 @@ def test_a_full_disk_leaves_the_earlier_file_whole(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(("env", "clue"), [("Odd-v0", "display"), ("CartPole-v1", "pygame")])
-def test_a_missing_window_costs_no_run(env, clue, tmp_path, monkeypatch, capsys):
-    """--render trains first; without display or pygame one line says so, and the policy is kept."""
+def test_render(env, clue, tmp_path, monkeypatch, capsys):
+    """Runs evaluate, then show five episodes; --play only shows; no window costs no run."""
     monkeypatch.setitem(sys.modules, "pygame", None)
-    path, _ = str(tmp_path / "p.npz"), odd(BOX, THREE)
+    path, shown, _ = str(tmp_path / "p.npz"), [], odd(BOX, THREE)
     assert clue in refused([*ARGV, "--env", env, "--save", path, "--render"], capsys)
-    assert len(ppo.evaluate(ppo.load(path))) == 2
-
-
-def test_render_shows_five_episodes_after_training(tmp_path, monkeypatch):
-    """After the evaluation without a window; with --play there is only the window."""
-    shown, path = [], str(tmp_path / "p.npz")
-
-    def watched(agent, episodes=None, render=False):
-        shown.append((episodes, render))
-        return np.zeros(1)
-
-    monkeypatch.setattr(ppo, "evaluate", watched)
-    assert ppo.main([*ARGV[:-1], "--save", path, "--render"]) == 0
+    monkeypatch.setattr(ppo, "evaluate", lambda _, *args, **kw: shown.append((args, kw)) or TO_GO)
+    assert ppo.main([*ARGV[:-1], "--env", env, "--render"]) == 0
     assert ppo.main(["--play", path, "--render", "--episodes=3"]) == 0
-    assert shown == [(None, False), (5, True), (3, True)]
+    assert shown == [((), {}), ((5,), {"render": True}), ((3,), {"render": True})]
 
 
 @pytest.mark.parametrize("before", ["", "import numpy, gymnasium; "])
@@ -1449,8 +1236,7 @@ def test_importing_has_no_side_effects(before, own, new, monkeypatch):
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """Every python block, in order, in one namespace, after a run that left its two files; budgets
-    are cut to 2,000 steps. What needs a package that is not installed must at least compile."""
+    """Every python block, in one namespace, with small budgets; or it compiles at least."""
     text = Path(ppo.__file__).with_name("README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
