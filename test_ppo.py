@@ -14,9 +14,8 @@ E  The ends of episodes   true ends, time limits and reset rows, from the enviro
 F  The tasks              what --env accepts, and that it is learned
 G  The command line       its output, its files, and everything that it refuses
 
-Expectations are sums over everything that can happen, or quadrature where actions are reals; only
-sampling itself is tested by sampling. A test reads ppo.py's functions through the name `ppo`, which
-section C points at an altered copy.
+Expectations are sums over everything that can happen, or quadrature where actions are reals. A test
+reads ppo.py's functions through the name `ppo`, which section C points at an altered copy.
 """
 
 import sys
@@ -1162,6 +1161,7 @@ def test_files_that_are_no_policies(flag, tmp_path, monkeypatch, capsys):
 def test_an_interrupted_run_keeps_its_policy(where, tmp_path, monkeypatch, capsys):
     """Ctrl-C anywhere: policy saved, curve printed, status 130, and no biased evaluation."""
     path, function, calls = str(tmp_path / "p.npz"), getattr(ppo, where), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
     def interrupted(*args):
         calls.append(1)
