@@ -583,7 +583,7 @@ TASKS = {
     "CliffWalkingSlippery": dict(total_steps=200_000), "LunarLander": dict(total_steps=1_000_000),
     "CliffWalking": dict(total_steps=100_000, num_envs=16, num_steps=32, epochs=10,
                          minibatch_size=128, gamma=0.99),
-    "LunarLanderContinuous": dict(total_steps=500_000, normalize_steps=1),
+    "LunarLanderContinuous": dict(total_steps=500_000, gamma=0.995, normalize_steps=1),
     "MountainCarContinuous": dict(total_steps=100_000, log_std_init=1.0),
     "Pendulum": dict(total_steps=100_000, num_envs=8, minibatch_size=64, lr=1e-3, gamma=0.95,
                      normalize_steps=1, log_std_init=1.0),
