@@ -3,7 +3,6 @@
     python .ci/results.py tasks [ENV ...]    every task, beside the optimum of the tabular ones
     python .ci/results.py rows [ENV ...]     what a task's own settings gain over those of its kind
     python .ci/results.py ladder             the lectures' ladder of objectives, and "Try it"
-    python .ci/results.py curve              the learning curve of CartPole-v1
 
 Each run is a process of its own, as a user would start it, --jobs N of them at a time. Seconds
 count from the start of the process: leave the machine alone while they are measured.
@@ -111,18 +110,6 @@ def ladder(args):
         row(f"`{f'python ppo.py {flags(chosen)}'.strip()}`", says, *learned(results))
 
 
-def curve(args):
-    [results] = play(args, [(task("CartPole-v1", 100_000), range(20))])
-    returns = np.array(column(results, "curve"))
-    title = f"CartPole-v1, {len(returns)} seeds: worst, median and best mean of 100 episodes"
-    print(f'```mermaid\nxychart-beta\n    title "{title}"')
-    print(f'    x-axis "thousand steps" [{", ".join(str(x) for x in range(5, 101, 5))}]')
-    print('    y-axis "return" 0 --> 500')
-    for values in returns.min(axis=0), np.median(returns, axis=0), returns.max(axis=0):
-        print(f"    line [{', '.join(f'{v:.0f}' for v in values)}]")
-    print("```")
-
-
 def play(args, experiments):
     """For each (chosen settings, seeds), in order: a list with the result of each seed."""
     kept = args.keep.read_text().splitlines() if args.keep and args.keep.exists() else []
@@ -185,7 +172,6 @@ def run(command):
         "solved_steps": steps[solved[0]] if len(solved) else math.inf,
         "solved_seconds": seconds[solved[0] + 1] if len(solved) else math.inf,  # [0] is the heading
         "largest_kl": kl.max(),
-        "curve": np.interp(np.linspace(0.05, 1, 20) * steps[-1], steps, returns).tolist(),
     }
 
 
@@ -268,10 +254,10 @@ def seed_range(text):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["tasks", "rows", "ladder", "curve"])
+    parser.add_argument("what", choices=["tasks", "rows", "ladder"])
     parser.add_argument("envs", nargs="*", metavar="ENV", help="only these tasks")
     parser.add_argument("--seeds", type=seed_range, metavar="A-B", help="these seeds instead")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep finished runs in this file")
     args = parser.parse_args()
-    {"tasks": tasks, "rows": rows, "ladder": ladder, "curve": curve}[args.what](args)
+    {"tasks": tasks, "rows": rows, "ladder": ladder}[args.what](args)
