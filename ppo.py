@@ -400,15 +400,14 @@ class Agent:
         """Observations (..., obs_dim) as network input: mean 0, deviation 1, within ±10."""
         return ((obs - self.obs_stats.mean) / self.obs_std).clip(-10, 10)
 
-    def sample(self, obs):
-        """a ~ π_θ(·|s) for observations (N, obs_dim): what training plays."""
-        return policy_forward(self.actor, self.normalize(obs))[0].sample(self.rng)
+    def policy(self, obs):
+        """π_θ(·|s) for observations (N, obs_dim)."""
+        return policy_forward(self.actor, self.normalize(obs))[0]
 
     def act(self, obs):
         """The likeliest action as env.step takes it (§9), for one observation or for a batch."""
         rows, single = flat(self.obs_space, obs)
-        policy, _ = policy_forward(self.actor, self.normalize(rows))
-        actions = legal(self.action_space, policy.mode())
+        actions = legal(self.action_space, self.policy(rows).mode())
         return actions[0] if single else actions
 
 
@@ -471,7 +470,8 @@ def learn(agent, envs):
         # Play with θ_k.
         remaining = 1 - steps / s.total_steps
         T = min(s.num_steps, math.ceil((s.total_steps - steps) / N))
-        observations, actions, rewards, terminated, truncated = rollout(envs, agent.sample, obs, T)
+        trajectory = rollout(envs, lambda obs: agent.policy(obs).sample(agent.rng), obs, T)
+        observations, actions, rewards, terminated, truncated = trajectory
         obs, ended, steps = observations[-1], terminated | truncated, steps + T * N
         # The row after an ending is the reset, no transition: nothing learns from it.
         valid, ended_last = ~np.vstack([ended_last, ended[:-1]]), ended[-1]
@@ -506,7 +506,6 @@ import argparse
 import contextlib
 import io
 import json
-import numbers
 import sys
 import textwrap
 import time
@@ -551,21 +550,12 @@ class Settings:
     episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
 
     def __post_init__(self):
-        object.__setattr__(self, "hidden", tuple(np.atleast_1d(self.hidden).tolist()))
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            kind = numbers.Real if f.type is float else numbers.Integral
-            for x in () if low is None else value if f.type is tuple else (value,):
-                if not (isinstance(x, kind) and low <= x <= high):
-                    what = "a number" if f.type is float else "a whole number"
-                    raise UsageError(f"{flag(f)} must be {what} from {low} to {high}, not {x}")
+            if low is not None and not all(low <= x <= high for x in np.ravel(value)):
+                raise UsageError(f"{f.name} must be from {low} to {high}, not {value}")
         if self.objective not in ("pg", "is", "trpo", "kl", "clip"):
-            raise UsageError(f"--objective must be pg, is, trpo, kl or clip, not {self.objective}")
-
-
-def flag(f):
-    """The flag of a field of Settings."""
-    return "--" + f.name.replace("_", "-")
+            raise UsageError(f"objective must be pg, is, trpo, kl or clip, not {self.objective}")
 
 
 # What differs from these defaults by kind of task, and by task: there mostly how long it takes.
@@ -608,41 +598,33 @@ def new_agent(env=Settings.env, **chosen):
 
 
 def make_envs(env_id, num_envs, **kwargs):
-    """N environments as a Gymnasium vector environment; UsageError where that cannot work."""
+    """N environments side by side, with observations (N, obs_dim) and actions as a policy samples
+    them. What a task receives is legal, but learning keeps the sampled action with its own log π.
+    Raises UsageError where that cannot work."""
     try:
         envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
     except Exception as error:  # an environment may do anything
         raise UsageError(f"cannot make {env_id}: {type(error).__name__}: {error}") from error
-    s, mode = gym.spaces, envs.metadata.get("autoreset_mode")
-    flat_spaces = s.Box | s.Discrete | s.MultiBinary | s.MultiDiscrete | s.Dict | s.Tuple
-    if mode is not None and mode.value != "NextStep":
-        raise UsageError(f"{env_id} resets by {mode}; only AutoresetMode.NEXT_STEP is supported")
-    if not isinstance(envs.single_action_space, s.Discrete | s.Box):
-        raise UsageError(f"{env_id} acts in {envs.single_action_space}, not in Discrete or Box")
-    obs_space = envs.single_observation_space
-    if not (isinstance(obs_space, flat_spaces) and obs_space.is_np_flattenable):
-        raise UsageError(f"{env_id} observes {obs_space}, which has no flat form of a fixed size")
-    return envs
-
-
-def flatten_envs(envs):
-    """The environments with observations (N, obs_dim), and actions as a policy samples them: what
-    they receive is made legal, but learning keeps the sampled action with its own log π."""
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    legal_space = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
+    mode = getattr(envs.metadata.get("autoreset_mode"), "value", "NextStep")
+    if not (legal_space and obs_space.is_np_flattenable and mode == "NextStep"):
+        needs = "Discrete or Box actions, observations of a fixed size and NextStep auto-reset"
+        raise UsageError(f"needed are {needs}; {env_id} has {action_space}, {obs_space}, {mode}")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = TransformObservation(envs, lambda obs: flat(obs_space, obs)[0])
     if isinstance(action_space, gym.spaces.Box) or action_space.start:
-        envs = TransformAction(envs, lambda actions: legal(action_space, actions))
+        envs = TransformAction(envs, partial(legal, action_space))
     return envs
 
 
 def flat(space, obs):
     """Observations as float32 rows (N, obs_dim), and whether obs was a single one, no batch."""
     leaf, value = space, obs
-    while leaf.shape is None:  # a Dict or a Tuple: its first part tells
+    while hasattr(leaf, "spaces"):  # a Dict or a Tuple: its first part tells
         key = next(iter(leaf)) if isinstance(leaf, gym.spaces.Dict) else 0
         leaf, value = leaf[key], value[key]
-    single = np.ndim(value) == len(leaf.shape)
+    single = np.ndim(value) == len(leaf.shape or ())
     batch = [obs] if single else gym.vector.utils.iterate(gym.vector.utils.batch_space(space), obs)
     return np.stack([gym.spaces.flatten(space, x) for x in batch]).astype(np.float32), single
 
@@ -697,7 +679,8 @@ def evaluate(agent, episodes=None, render=False):
             obs, _ = envs.reset(seed=None if returns else seed)
             total, playing, steps = np.zeros(num_envs), np.ones(num_envs, bool), 0
             while playing.any() and steps < (envs.spec.max_episode_steps or 1000):
-                obs, rewards, terminated, truncated, _ = envs.step(agent.act(obs))
+                actions = agent.policy(np.float32(obs)).mode()
+                obs, rewards, terminated, truncated, _ = envs.step(actions)
                 total, steps = total + rewards * playing, steps + 1
                 playing &= ~(terminated | truncated)
             returns.extend(total)
@@ -706,16 +689,19 @@ def evaluate(agent, episodes=None, render=False):
 
 def state(agent):
     """What playing and a warm start need besides the settings, as arrays by name."""
-    lists = {"actor": dict(enumerate(agent.actor)), "critic": dict(enumerate(agent.critic))}
-    parts = lists | {"obs": vars(agent.obs_stats), "return": vars(agent.return_stats)}
-    return {f"{part}_{k}": np.asarray(x) for part, items in parts.items() for k, x in items.items()}
+    obs, returns = agent.obs_stats, agent.return_stats
+    arrays = {"obs_mean": obs.mean, "obs_var": obs.var}
+    arrays |= {"return_mean": returns.mean, "return_var": returns.var}
+    for part in "actor", "critic":
+        arrays |= {f"{part}_{i}": array for i, array in enumerate(getattr(agent, part))}
+    return arrays
 
 
 def save(path, agent):
     """Write a policy file, whole or not at all, whatever happens meanwhile. Raises UsageError."""
-    buffer = io.BytesIO()
+    buffer, count = io.BytesIO(), agent.return_stats.count
     settings = json.dumps(asdict(agent.settings), default=lambda x: x.item())
-    np.savez(buffer, settings=settings, **state(agent))
+    np.savez(buffer, settings=settings, count=count, **state(agent))
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(0, "it is not a file")
@@ -737,40 +723,35 @@ def load(path, **chosen):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         # The sizes of its arrays, not those that it claims, are what is made room for.
-        hidden = [x.size for name, x in arrays.items() if name.startswith("critic")][1:-2:2]
+        hidden = tuple(x.size for name, x in arrays.items() if name.startswith("critic"))[1:-2:2]
         settings = json.loads(str(arrays["settings"])) | {"hidden": hidden} | chosen
         if ":" in settings["env"] and "env" not in chosen:
             raise ValueError(f"it asks for a module; allow that by --env {settings['env']}")
         agent = new_agent(**settings)
         for name, own in state(agent).items():
-            array = arrays[name].astype(own.dtype, casting="same_kind")
-            if array.shape != own.shape or not np.isfinite(array).all():
-                raise ValueError(f"{name} should hold finite numbers of shape {own.shape}")
-            part, key = name.split("_")
-            if part in ("actor", "critic"):
-                own[...] = array
-            else:
-                setattr(vars(agent)[f"{part}_stats"], key, array if key == "mean" else abs(array))
+            np.copyto(own, arrays[name], casting="same_kind")
+            if not np.isfinite(np.sqrt(own) if name.endswith("var") else own).all():
+                raise ValueError(f"{name} is out of range")
+        agent.obs_stats.count = agent.return_stats.count = float(arrays["count"])
         agent.obs_std = np.sqrt(agent.obs_stats.var + 1e-8)
         return agent
     except Exception as error:
         raise UsageError(f"cannot use {path} as a policy: {error!r}") from error
 
 
-def draw_curve(history, width=72, height=8):
-    """Mean return over steps, drawn with text; the numbers are the tops of the rows."""
+def print_curve(history, width=72, height=8):
+    """Draw the mean return over steps with text; the numbers are the tops of the rows."""
     points = [(record["steps"], record["mean_return"]) for record in history if record["episodes"]]
     if not points:
-        return f"{'no episode has ended yet':<60}"
+        return print(f"{'no episode has ended yet':<60}")
     steps, returns = np.array(points).T
     returns = np.interp(np.linspace(steps[0], steps[-1], width), steps, returns)
-    low, high = returns.min(), returns.max()
-    eighths = np.round((returns - low) / (high - low or 1) * (8 * height - 1)).astype(int) + 1
-    lines = []
+    low, span = returns.min(), np.ptp(returns) or 1
+    eighths = 1 + np.round((returns - low) / span * (8 * height - 1)).astype(int)
     for row in reversed(range(height)):
         bars = "".join(" ▁▂▃▄▅▆▇█"[k] for k in np.clip(eighths - 8 * row, 0, 8))
-        lines.append(f"{low + (high - low) * (row + 1) / height:12,.1f} |{bars}")
-    return "\n".join([*lines, f"mean return over {steps[0]:,.0f} to {steps[-1]:,.0f} steps"])
+        print(f"{low + span * (row + 1) / height:12,.1f} |{bars}")
+    print(f"mean return over {steps[0]:,.0f} to {steps[-1]:,.0f} steps")
 
 
 def run(agent, verbose=True, save_path=None):
@@ -779,7 +760,7 @@ def run(agent, verbose=True, save_path=None):
     with contextlib.closing(make_envs(s.env, s.num_envs)) as envs:
         if verbose:
             print(textwrap.fill(f"{kind_of(envs)}: {s}", 100, subsequent_indent="    "))
-        for record in learn(agent, flatten_envs(envs)):
+        for record in learn(agent, envs):
             steps, seconds = record["steps"], time.monotonic() - start
             if steps >= min(next_row, s.total_steps):
                 if save_path:
@@ -798,18 +779,14 @@ def run(agent, verbose=True, save_path=None):
 
 
 def parse(argv):
-    """The options of the program, and the settings chosen among them. Raises UsageError."""
-
-    def fail(message):
-        raise UsageError(message)
-
+    """The options of the program, and the settings chosen among them."""
     parser = argparse.ArgumentParser(
         usage="python ppo.py [--env NAME] [options]",
         epilog="Defaults are in parentheses; a run prints what it uses, which depends on its task.",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=24, width=100),
         allow_abbrev=False,
     )
-    parser.error = fail
+    parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
     group = parser.add_argument_group("files and windows")
     group.add_argument("--save", metavar="FILE", help="keep the policy in this file")
     group.add_argument("--load", metavar="FILE", help="start from the policy in this file")
@@ -820,15 +797,16 @@ def parse(argv):
     for f in fields(Settings):
         kind = {"type": int, "nargs": "+"} if f.type is tuple else {"type": f.type}
         text = f"{f.metadata['help']} ({str(f.default).strip('()').replace(',', '')})"
-        group.add_argument(flag(f), default=argparse.SUPPRESS, metavar="", help=text, **kind)
+        flag = "--" + f.name.replace("_", "-")
+        group.add_argument(flag, default=argparse.SUPPRESS, metavar="", help=text, **kind)
     args = parser.parse_args(argv)
     if "" in (args.save, args.load, args.play, args.log):
-        fail("a file needs a name")
+        parser.error("a file needs a name")
     return args, {name: x for name, x in vars(args).items() if hasattr(Settings, name)}
 
 
 def program(args, chosen):
-    """Train or play as the options say; return the exit status."""
+    """Train or play as the options say."""
     path, history = args.play or args.load, []
     agent = load(path, **chosen) if path else new_agent(**chosen)
     if not args.play:
@@ -841,7 +819,7 @@ def program(args, chosen):
         finally:
             if args.save and history:
                 save(args.save, agent)
-            print(draw_curve(history))
+            print_curve(history)
     if not (args.play and args.render):
         report(evaluate(agent))
     if args.render:
@@ -849,7 +827,6 @@ def program(args, chosen):
             report(evaluate(agent, chosen.get("episodes", 5), render=True))
         except Exception as error:  # no display, no pygame, no such window
             raise UsageError(f"cannot show {agent.settings.env}: {error}") from error
-    return 0
 
 
 def report(returns):
@@ -866,9 +843,9 @@ def main(argv=None):
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
     try:
         with np.errstate(all="ignore"):  # what is not finite is looked for where it matters
-            status = program(*parse(argv))
+            program(*parse(argv))
             sys.stdout.flush()
-            return status
+            return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

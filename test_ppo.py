@@ -639,7 +639,6 @@ MUTANTS = [
     ("+ damping * v", "", "eq14_line_search", *LINE_SEARCH[0]),
     ("kl(theta + step)[0] <= delta and ", "", "eq14_line_search", *LINE_SEARCH[1]),
     (" and surrogate(theta + step)[0] < loss_old", "", "eq14_line_search", *LINE_SEARCH[2]),
-    (" and surrogate(theta + step)[0] < loss_old", "", "eq14_line_search", *LINE_SEARCH[3]),
     ("slope + beta * kl_slope", "slope - beta * kl_slope", "eq15_kl_penalty_and_adaptive_beta"),
     ("if kl > 1.5 * target", "if kl < 1.5 * target", "eq15_kl_penalty_and_adaptive_beta"),
     ("-np.minimum(", "-np.maximum(", "eq16_clip_table"),
@@ -856,7 +855,7 @@ OBSERVATIONS = [
     (gym.spaces.Box(0, 255, (3,), np.uint8), "discrete actions"),
     (gym.spaces.Box(0, 1, (), np.float64), "discrete actions"),
     (gym.spaces.Box(0, 255, (4, 4, 3), np.uint8), "discrete actions"),
-    (gym.spaces.Dict(a=BOX, b=gym.spaces.Dict(c=THREE)), "discrete actions"),
+    (gym.spaces.Dict(a=gym.spaces.Text(5), b=gym.spaces.Dict(c=BOX)), "discrete actions"),
     (gym.spaces.Discrete(5, start=-2), "one-hot observations"),
     (gym.spaces.MultiDiscrete([3, 2]), "one-hot observations"),
     (gym.spaces.Tuple([THREE, THREE]), "one-hot observations"),
@@ -965,7 +964,7 @@ VECTORS = {"Uneven": {}, "Endless": {"ends": False}, "Long": {"obs_dim": 1000}}
 for name, kwargs in (VECTORS | {"SameStep": {"mode": "SameStep"}}).items():
     gym.register(f"{name}-v0", vector_entry_point=Uneven, kwargs=kwargs)
 odd(BOX, gym.spaces.MultiBinary(3), env_id="Wide-v0")
-odd(gym.spaces.Text(5), THREE, env_id="Text-v0")
+odd(gym.spaces.Graph(BOX, None), THREE, env_id="Graph-v0")
 
 
 def test_evaluation_counts_whole_episodes_of_every_length():
@@ -1000,7 +999,8 @@ def test_numbers_that_are_not_finite_stop_the_run(index, value, tmp_path, monkey
 
 def refused(argv, capsys):
     """The one line with which the command line refuses argv."""
-    assert ppo.main(argv) == 2
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(ppo.main(argv))
     err = capsys.readouterr().err
     assert err.startswith("ppo.py: ") and err.count("\n") == 1
     return err
@@ -1029,8 +1029,8 @@ def test_wrong_numbers(f, wrong, capsys):
     [
         ("--env CartPole-v9", "v1"),
         ("--env Wide-v0", "MultiBinary(3)"),
-        ("--env Text-v0", "Text"),
-        ("--env SameStep-v0", "NEXT_STEP"),
+        ("--env Graph-v0", "observations of a fixed size"),
+        ("--env SameStep-v0", "NextStep auto-reset"),
         ("--objective ppo", "pg, is, trpo, kl or clip"),
         ("--gama 0.9", "--gama"),
         ("--play missing.npz", "missing.npz"),
@@ -1089,10 +1089,10 @@ def test_the_last_row_is_printed(total_steps, capsys):
 
 
 def test_what_can_be_made_to_work_works():
-    """Minibatches beyond the rollout; hidden as list or number; parts of another dtype."""
+    """Minibatches beyond the rollout; hidden as list or tuple; parts of another dtype."""
     chosen = dict(num_envs=1, num_steps=16, total_steps=16)
     whole, _ = ppo.train(**chosen, minibatch_size=16, hidden=[5])
-    large, _ = ppo.train(**chosen, minibatch_size=10**9, hidden=5)
+    large, _ = ppo.train(**chosen, minibatch_size=10**9, hidden=(5,))
     assert_array_equal(whole.theta, large.theta)
     assert [p.shape for p in whole.actor] == [(4, 5), (5,), (5, 2), (2,)]
     agent = ppo.new_agent(odd(gym.spaces.Dict(a=BOX, b=THREE), THREE))

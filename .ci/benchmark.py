@@ -99,7 +99,7 @@ def train_ppo(settings, seed, solve=False):
         return result
 
     envs.step = timed_step
-    iterations = ppo.learn(agent, ppo.flatten_envs(envs))
+    iterations = ppo.learn(agent, envs)
     warm, start, inside = next(iterations)["steps"], time.perf_counter(), 0.0
     for record in iterations:
         solved = record["episodes"] >= 100 and bool(record["mean_return"] >= 475)
