@@ -562,8 +562,8 @@ class Settings:
 # fmt: off
 KINDS = {
     "discrete actions": dict(),
-    "real actions": dict(total_steps=1_000_000, epochs=10, lr=6e-4, gamma=0.99,
-                         normalize_steps=10**12, log_std_init=-0.5),
+    "real actions": dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12,
+                         log_std_init=-0.5),
     "one-hot observations": dict(num_envs=32, num_steps=64, minibatch_size=256, lr=1e-3,
                                  ent_coef=0.2, normalize_steps=0),
 }
@@ -573,10 +573,10 @@ TASKS = {
     "CliffWalkingSlippery": dict(total_steps=200_000), "LunarLander": dict(total_steps=1_000_000),
     "CliffWalking": dict(total_steps=100_000, num_envs=16, num_steps=32, epochs=10,
                          minibatch_size=128, gamma=0.99),
-    "LunarLanderContinuous": dict(total_steps=500_000, gamma=0.995, normalize_steps=1),
-    "MountainCarContinuous": dict(total_steps=100_000, log_std_init=1.0),
-    "Pendulum": dict(total_steps=100_000, num_envs=8, minibatch_size=64, lr=1e-3, gamma=0.95,
-                     normalize_steps=1, log_std_init=1.0),
+    "LunarLanderContinuous": dict(total_steps=500_000, epochs=10, gamma=0.995, normalize_steps=1),
+    "MountainCarContinuous": dict(total_steps=100_000, epochs=10, log_std_init=1.0),
+    "Pendulum": dict(total_steps=100_000, num_envs=8, epochs=10, minibatch_size=64, lr=1e-3,
+                     gamma=0.97, normalize_steps=0, log_std_init=1.0),
 }
 # fmt: on
 
