@@ -11,12 +11,12 @@ Read it from top to bottom with the lectures beside it. `Eq. 9` above a line is 
 line computes: README.md lists all nineteen, test_ppo.py proves them.
 
 The algorithm (Eq. 19)                                                                where
-    initialise the actor θ and the critic φ                                           §1, §2
-    repeat, with θ_k, φ_k the values that θ, φ have now (in names: _old)
-        play T steps in each of N environments with π_θ_k: a trajectory               §3
-        Â from V_φ_k by GAE;  R̂ = Â + V_φ_k                                           §4
+    initialise the actor θ and the critic φ                                           §1
+    repeat, with θ_k, φ_k the values that θ, φ have now (in names: _old)              §8
+        play T steps in each of N environments with π_θ_k: a trajectory               §2, §3
+        Â from V_φ_k by GAE;  R̂ = Â + V_φ_k                                           §4, §8
         in K epochs, for each minibatch of B rows:  θ ← θ - Adam(∇ actor_loss)        §5, §6, §7
-        likewise for the critic:                    φ ← φ - Adam(∇ critic_loss)       §6, §7, §8
+        likewise for the critic:                    φ ← φ - Adam(∇ critic_loss)       §6, §7
 
 Glossary                    name                         shape
     N, T, K                 num_envs, num_steps, epochs
@@ -73,7 +73,7 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
 def mlp_forward(params, inputs):
     """The output (B, out) for inputs (B, in), and as cache what each layer received."""
     out, cache = inputs, []
-    for W, b in zip(params[0::2], params[1::2], strict=False):  # a trailing log_std is no layer
+    for W, b in zip(params[0::2], params[1::2], strict=False):  # log_std, if any, is no layer
         cache.append(np.tanh(out) if cache else out)  # tanh between layers
         out = cache[-1].dot(W)  # for matrices this small twice as fast as @
         out += b
@@ -214,7 +214,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     chain = np.where(terminated | truncated, 0, gamma * lam).astype(deltas.dtype)
     advantages, advantage = np.empty_like(deltas), np.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   λ = 1 makes it R_t - V(s_t), with the R_t of Eq. 5
+        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   λ = 1: R_t (Eq. 5, plus V at a cut) - V(s_t)
         advantages[t] = advantage = deltas[t] + chain[t] * advantage
     return advantages
 
@@ -226,7 +226,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
-    """The policy gradient (Eq. 4), weighted by advantages (Eq. 6): right for one step only."""
+    """The policy gradient (Eq. 4, 6): right for one step only. log_prob_old is not used."""
     # Eq. 4, 6   loss = -log π_θ(a|s) Â
     return -log_prob * advantages, -advantages
 
@@ -239,7 +239,7 @@ def importance_sampling(log_prob, log_prob_old, advantages):
 
 
 def kl_divergence(log_prob, log_prob_old, advantages=None):
-    """Rows (B,) whose mean estimates KL(π_θ_k‖π_θ) (Eq. 13), as π_θ_k chose the actions. ρ - 1, on
+    """Rows (B,) whose mean estimates KL(π_θ_k‖π_θ) (Eq. 13), for actions of π_θ_k. Adding ρ - 1, on
     average 0, makes them nonnegative and less noisy (Schulman 2020). advantages is not used."""
     ratio_minus_1 = np.expm1(log_prob - log_prob_old)  # exact for small differences, too
     # Eq. 13   KL = E[log π_θ_k - log π_θ] = E[log π_θ_k - log π_θ + ρ - 1];   ∂/∂ log π = ρ - 1
@@ -333,13 +333,13 @@ class Adam:
         self.theta -= m_scale * self.m / (np.sqrt(v_scale * self.v) + self.eps)
 
 
-# TRPO is the step that PPO replaces; a first reading may go on at §8. Among the steps Δ with KL ≤ δ
+# TRPO is the step that PPO replaces; a first reading may skip to §8. Among the steps Δ with KL ≤ δ
 # it wants the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with the
 # Fisher matrix F = E[∇log π ∇log πᵀ]. Here surrogate (a loss) and kl map theta to (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
-    """F v (P,) at θ_k = theta: how ∇KL changes in the direction v (P,). damping steadies it."""
+    """(F + damping) v (P,) at θ_k = theta; F v is how ∇KL changes in the direction v (P,)."""
     h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
     return (kl(theta + h * v)[1] - kl(theta - h * v)[1]) / (2 * h) + damping * v
@@ -367,7 +367,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), -gradient)
     # Eq. 14   Δ = √(2δ / xᵀFx) x with F x = g = -gradient, so that xᵀFx = xᵀg
     step = np.sqrt(2 * delta / (x @ -gradient)) * x
-    for _ in range(10):  # all this is approximate: halve the step until the measured values agree
+    for _ in range(10):  # all this is approximate: halve the step until both conditions hold
         if kl(theta + step)[0] <= delta and surrogate(theta + step)[0] < loss_old:
             theta += step
             return
@@ -414,7 +414,7 @@ class Agent:
 def fit(agent, adam, loss, data, lr):
     """K epochs of gradient steps; loss maps a minibatch of the arrays in data to (_, gradients)."""
     s, num_rows = agent.settings, len(data[0])
-    # Minibatches of equal size, B or a little less.
+    # Minibatches of at most B rows, equal to within one row.
     edges = np.linspace(0, num_rows, math.ceil(num_rows / s.minibatch_size) + 1).astype(int)
     for _ in range(s.epochs):
         order = agent.rng.permutation(num_rows)
@@ -425,7 +425,7 @@ def fit(agent, adam, loss, data, lr):
 
 
 def update(agent, inputs, actions, advantages, returns, remaining):
-    """Learn from the transitions of a rollout (B, ...) (Eq. 10, 19); return what describes it.
+    """Learn from the transitions of a rollout (B, ...) (Eq. 10, 19); return what it changed.
     remaining, the fraction of the run still to come, scales lr and the entropy bonus."""
     s, actor = agent.settings, agent.actor
     lr, ent_coef = s.lr * remaining, s.ent_coef * remaining
@@ -451,12 +451,12 @@ def update(agent, inputs, actions, advantages, returns, remaining):
 
     policy, _ = policy_forward(actor, inputs)
     kl, ratio_minus_1 = kl_divergence(policy.log_prob(actions)[0], log_prob_old)
-    agent.beta = adapt_beta(agent.beta, kl.mean(), s.kl_target)  # of use to kl alone
+    agent.beta = adapt_beta(agent.beta, kl.mean(), s.kl_target)  # for the objective "kl"
     return {
         "kl": float(kl.mean()),
         "clipped": float((abs(ratio_minus_1) > s.clip).mean()),
         "entropy": float(policy.entropy()[0].mean()),
-        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),
+        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # of var R̂, by V_φ_k
     }
 
 
@@ -475,7 +475,7 @@ def learn(agent, envs):
         obs, ended, steps = observations[-1], terminated | truncated, steps + T * N
         # The row after an ending is the reset, no transition: nothing learns from it.
         valid, ended_last = ~np.vstack([ended_last, ended[:-1]]), ended[-1]
-        # Eq. 2   R(τ) of episodes that ended (running_sums: §9); J(θ) ≈ the mean of the last 100
+        # Eq. 2   R(τ) of episodes that ended (running_sums, below); J(θ) ≈ the mean of the last 100
         totals, so_far = running_sums(rewards, ended, 1, so_far)
         recent.extend(totals[ended])
         episodes, J = episodes + int(ended.sum()), float(np.mean(recent)) if recent else math.nan
@@ -483,7 +483,7 @@ def learn(agent, envs):
         if not valid.any():
             continue  # with T = 1, all rows may be resets
 
-        # Judge with φ_k. Inputs are normalised as during play; their statistics change afterwards.
+        # Judge with φ_k; normalise as in play. Statistics change after it, up to normalize_steps.
         inputs = agent.normalize(observations)
         if agent.obs_stats.count < s.normalize_steps:
             agent.obs_stats.update(observations[:-1][valid])
@@ -498,6 +498,19 @@ def learn(agent, envs):
 
         changes = update(agent, inputs[:-1][valid], actions[valid], advantages, returns, remaining)
         yield {"steps": steps, "episodes": episodes, "mean_return": J, **changes}
+
+
+def running_sums(rewards, ended, gamma, so_far):
+    """r_t + γ r_{t-1} + γ² r_{t-2} + ... of the episode, for each t (T, N); and the next so_far.
+
+    It looks back: the mirror image of the reward-to-go (Eq. 5). With γ = 1 it is R(τ) where an
+    episode ends. rewards and ended are (T, N); so_far (N,) is what the last call returned, or 0.
+    """
+    keep, sums = gamma * ~ended, np.empty(rewards.shape)
+    for t in range(len(rewards)):
+        sums[t] = rewards[t] + so_far
+        so_far = keep[t] * sums[t]
+    return sums, so_far
 
 
 # The rest makes a program of it. A student may stop here.
@@ -545,7 +558,7 @@ class Settings:
     ent_coef: float = setting(0.0, "c, entropy bonus at the start; falls to 0, Eq. 17", 0, 10)
     max_grad_norm: float = setting(0.5, "length to which gradients are clipped", 1e-6, 1e6)
     hidden: tuple = setting((64, 64), "sizes of the hidden layers", 1, 8192)
-    normalize_steps: int = setting(1, "steps to normalise observations by; 0 never", 0, 10**12)
+    normalize_steps: int = setting(1, "steps to learn observation statistics in; 0 none", 0, 10**12)
     log_std_init: float = setting(0.0, "log std of real actions at the start", -5, 2)
     episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
 
@@ -636,19 +649,6 @@ def legal(space, actions):
         return actions + space.start
     actions = np.rint(actions) if space.dtype.kind in "iu" else actions
     return actions.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
-
-
-def running_sums(rewards, ended, gamma, so_far):
-    """r_t + γ r_{t-1} + γ² r_{t-2} + ... of the episode, for each t (T, N); and what goes on (N,).
-
-    It looks back: the mirror image of the reward-to-go (Eq. 5). With γ = 1 it is R(τ) where an
-    episode ends. rewards and ended are (T, N); so_far (N,) is what the last call said goes on.
-    """
-    keep, sums = gamma * ~ended, np.empty(rewards.shape)
-    for t in range(len(rewards)):
-        sums[t] = rewards[t] + so_far
-        so_far = keep[t] * sums[t]
-    return sums, so_far
 
 
 def train(env=Settings.env, verbose=False, **chosen):
