@@ -502,10 +502,8 @@ def learn(agent, envs):
 
 def running_sums(rewards, ended, gamma, so_far):
     """r_t + γ r_{t-1} + γ² r_{t-2} + ... of the episode, for each t (T, N); and the next so_far.
-
     It looks back: the mirror image of the reward-to-go (Eq. 5). With γ = 1 it is R(τ) where an
-    episode ends. rewards and ended are (T, N); so_far (N,) is what the last call returned, or 0.
-    """
+    episode ends. rewards and ended are (T, N); so_far (N,) is what the last call returned, or 0."""
     keep, sums = gamma * ~ended, np.empty(rewards.shape)
     for t in range(len(rewards)):
         sums[t] = rewards[t] + so_far
@@ -565,8 +563,10 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None and not all(low <= x <= high for x in np.ravel(value)):
-                raise UsageError(f"{f.name} must be from {low} to {high}, not {value}")
+            x, kinds = np.asarray(value), "iuf" if f.type is float else "iu"
+            fits = x.dtype.kind in kinds and x.ndim == (f.type is tuple)
+            if low is not None and not (fits and (low <= x).all() and (x <= high).all()):
+                raise UsageError(f"{f.name} must be {f.type.__name__} {low} to {high}, not {value}")
         if self.objective not in ("pg", "is", "trpo", "kl", "clip"):
             raise UsageError(f"objective must be pg, is, trpo, kl or clip, not {self.objective}")
 
@@ -597,10 +597,9 @@ TASKS = {
 def kind_of(envs):
     """The kind of task, as in KINDS, that the spaces of a vector environment show."""
     space = gym.spaces.flatten_space(envs.single_observation_space)
-    if space.dtype.kind in "iub" and space.high.max() == 1:
-        return "one-hot observations"
+    one_hot = space.dtype.kind in "iub" and space.high.max() == 1
     real = isinstance(envs.single_action_space, gym.spaces.Box)
-    return "real actions" if real else "discrete actions"
+    return "one-hot observations" if one_hot else "real actions" if real else "discrete actions"
 
 
 def new_agent(env=Settings.env, **chosen):
@@ -616,14 +615,15 @@ def make_envs(env_id, num_envs, **kwargs):
     Raises UsageError where that cannot work."""
     try:
         envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
+        obs_space, action_space = envs.single_observation_space, envs.single_action_space
+        fixed = obs_space.is_np_flattenable and not isinstance(obs_space, gym.spaces.OneOf)
     except Exception as error:  # an environment may do anything
-        raise UsageError(f"cannot make {env_id}: {type(error).__name__}: {error}") from error
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    legal_space = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
-    mode = getattr(envs.metadata.get("autoreset_mode"), "value", "NextStep")
-    if not (legal_space and obs_space.is_np_flattenable and mode == "NextStep"):
-        needs = "Discrete or Box actions, observations of a fixed size and NextStep auto-reset"
-        raise UsageError(f"needed are {needs}; {env_id} has {action_space}, {obs_space}, {mode}")
+        raise UsageError(f"cannot use {env_id}: {type(error).__name__}: {error}") from error
+    playable = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
+    mode = envs.metadata.get("autoreset_mode")
+    if not (playable and fixed and getattr(mode, "value", mode) in (None, "NextStep")):
+        needs = "Discrete or Box actions, NextStep auto-reset and observations of a fixed size"
+        raise UsageError(f"needed are {needs}; {env_id} has {action_space}, {mode}, {obs_space}")
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         envs = TransformObservation(envs, lambda obs: flat(obs_space, obs)[0])
     if isinstance(action_space, gym.spaces.Box) or action_space.start:
@@ -652,11 +652,8 @@ def legal(space, actions):
 
 
 def train(env=Settings.env, verbose=False, **chosen):
-    """Train from Python: train(env="CartPole-v1", seed=1, ...), with the names of Settings.
-
-    Returns the agent, whose act(obs) is greedy, and a list of one record for each iteration.
-    verbose prints what the command line prints meanwhile.
-    """
+    """Train from Python, with the names of Settings; verbose prints what the command line prints.
+    Returns the agent, whose act(obs) is greedy, and a list of one record for each iteration."""
     agent = new_agent(env, **chosen)
     return agent, list(run(agent, verbose))
 
@@ -666,10 +663,8 @@ def train(env=Settings.env, verbose=False, **chosen):
 
 def evaluate(agent, episodes=None, render=False):
     """The returns of settings.episodes greedy episodes, or so many, on seeds not trained on.
-
     Each environment plays one episode a round: counting whichever finish first would favour short
-    episodes. A task without a time limit gets one of 1,000 steps.
-    """
+    episodes. A task without a time limit gets one of 1,000 steps."""
     s, episodes, returns = agent.settings, episodes or agent.settings.episodes, []
     num_envs = 1 if render else min(episodes, 10)
     kwargs = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
@@ -689,19 +684,16 @@ def evaluate(agent, episodes=None, render=False):
 
 def state(agent):
     """What playing and a warm start need besides the settings, as arrays by name."""
-    obs, returns = agent.obs_stats, agent.return_stats
-    arrays = {"obs_mean": obs.mean, "obs_var": obs.var}
-    arrays |= {"return_mean": returns.mean, "return_var": returns.var}
-    for part in "actor", "critic":
-        arrays |= {f"{part}_{i}": array for i, array in enumerate(getattr(agent, part))}
-    return arrays
+    parts = {"actor": dict(enumerate(agent.actor)), "critic": dict(enumerate(agent.critic))}
+    parts |= {"obs": vars(agent.obs_stats), "return": vars(agent.return_stats)}
+    return {f"{part}_{k}": np.asarray(x) for part, xs in parts.items() for k, x in xs.items()}
 
 
 def save(path, agent):
     """Write a policy file, whole or not at all, whatever happens meanwhile. Raises UsageError."""
-    buffer, count = io.BytesIO(), agent.return_stats.count
-    settings = json.dumps(asdict(agent.settings), default=lambda x: x.item())
-    np.savez(buffer, settings=settings, count=count, **state(agent))
+    buffer = io.BytesIO()
+    settings = json.dumps(asdict(agent.settings), default=lambda x: x.tolist())
+    np.savez(buffer, settings=settings, **state(agent))
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(0, "it is not a file")
@@ -715,10 +707,8 @@ def save(path, agent):
 
 
 def load(path, **chosen):
-    """The agent in a policy file; chosen settings win over the file's.
-
-    Raises UsageError for any other file, and never runs what is in one.
-    """
+    """The agent in a policy file; chosen settings win over the file's. Raises UsageError for any
+    other file, and never runs what is in one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -729,10 +719,11 @@ def load(path, **chosen):
             raise ValueError(f"it asks for a module; allow that by --env {settings['env']}")
         agent = new_agent(**settings)
         for name, own in state(agent).items():
-            np.copyto(own, arrays[name], casting="same_kind")
-            if not np.isfinite(np.sqrt(own) if name.endswith("var") else own).all():
+            np.stack([arrays[name]], out=own[None], casting="same_kind")  # copyto would broadcast
+            if not np.isfinite(np.sqrt(own) if name.endswith(("var", "count")) else own).all():
                 raise ValueError(f"{name} is out of range")
-        agent.obs_stats.count = agent.return_stats.count = float(arrays["count"])
+        agent.obs_stats.count = float(arrays["obs_count"])
+        agent.return_stats.count = float(arrays["return_count"])
         agent.obs_std = np.sqrt(agent.obs_stats.var + 1e-8)
         return agent
     except Exception as error:
@@ -786,7 +777,7 @@ def parse(argv):
         formatter_class=partial(argparse.HelpFormatter, max_help_position=24, width=100),
         allow_abbrev=False,
     )
-    parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
+    parser.error = lambda text: parser.exit(2, f"ppo.py: {textwrap.shorten(text, 400)}\n")
     group = parser.add_argument_group("files and windows")
     group.add_argument("--save", metavar="FILE", help="keep the policy in this file")
     group.add_argument("--load", metavar="FILE", help="start from the policy in this file")
@@ -831,13 +822,13 @@ def program(args, chosen):
 
 def report(returns):
     """Print what a greedy evaluation gave."""
-    spread = f"mean {returns.mean():.2f} ± {returns.std():.2f}"
-    span = f"min {returns.min():.2f}, max {returns.max():.2f}"
-    print(f"greedy evaluation over {len(returns)} episodes: {spread}, {span}")
+    mean, std, low, high = returns.mean(), returns.std(), returns.min(), returns.max()
+    numbers = f"mean {mean:.2f} ± {std:.2f}, min {low:.2f}, max {high:.2f}"
+    print(f"greedy evaluation over {len(returns)} episodes: {numbers}")
 
 
 def main(argv=None):
-    """Run the command line; return the exit status."""
+    """Run the command line; return the exit status, unless argparse exits."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
     sys.stdout.reconfigure(errors="replace")  # for terminals without block characters
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
