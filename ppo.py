@@ -566,7 +566,7 @@ class Settings:
             x, kinds = np.asarray(value), "iuf" if f.type is float else "iu"
             fits = x.dtype.kind in kinds and x.ndim == (f.type is tuple)
             if low is not None and not (fits and (low <= x).all() and (x <= high).all()):
-                raise UsageError(f"{f.name} must be {f.type.__name__} {low} to {high}, not {value}")
+                raise UsageError(f"{f.name}: {f.type.__name__} from {low} to {high}, not {value}")
         if self.objective not in ("pg", "is", "trpo", "kl", "clip"):
             raise UsageError(f"objective must be pg, is, trpo, kl or clip, not {self.objective}")
 
