@@ -573,33 +573,37 @@ class Settings:
 
 # What differs from these defaults by kind of task, and by task: there mostly how long it takes.
 # fmt: off
+REAL = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
 KINDS = {
     "discrete actions": dict(),
-    "real actions": dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12,
-                         log_std_init=-0.5),
+    "real actions": dict(REAL, log_std_init=-0.5),
+    "one real action": dict(REAL, epochs=10, log_std_init=1.0),
     "one-hot observations": dict(num_envs=32, num_steps=64, minibatch_size=256, lr=1e-3,
                                  ent_coef=0.2, normalize_steps=0),
 }
 TASKS = {
-    "CartPole": dict(total_steps=100_000), "Acrobot": dict(total_steps=200_000),
-    "FrozenLake": dict(total_steps=200_000), "FrozenLake8x8": dict(total_steps=300_000),
-    "CliffWalkingSlippery": dict(total_steps=200_000), "LunarLander": dict(total_steps=1_000_000),
+    "CartPole": dict(total_steps=100_000), "MountainCarContinuous": dict(total_steps=100_000),
+    "Acrobot": dict(total_steps=200_000), "FrozenLake": dict(total_steps=200_000),
+    "CliffWalkingSlippery": dict(total_steps=200_000), "FrozenLake8x8": dict(total_steps=300_000),
+    "LunarLander": dict(total_steps=1_000_000),
     "CliffWalking": dict(total_steps=100_000, num_envs=16, num_steps=32, epochs=10,
-                         minibatch_size=128, gamma=0.99),
-    "LunarLanderContinuous": dict(total_steps=500_000, epochs=10, gamma=0.995, normalize_steps=1),
-    "MountainCarContinuous": dict(total_steps=100_000, epochs=10, log_std_init=1.0),
-    "Pendulum": dict(total_steps=100_000, num_envs=8, epochs=10, minibatch_size=64, lr=1e-3,
-                     gamma=0.97, normalize_steps=0, log_std_init=1.0),
+                         minibatch_size=128, lr=2e-3, ent_coef=0.3),
+    "HalfCheetah": dict(gamma=0.995, log_std_init=-1.0),
+    "LunarLanderContinuous": dict(total_steps=500_000, epochs=10, gamma=0.997, normalize_steps=1),
+    "Pendulum": dict(total_steps=100_000, num_envs=8, minibatch_size=64, lr=1e-3, gamma=0.97,
+                     normalize_steps=0),
 }
 # fmt: on
 
 
 def kind_of(envs):
     """The kind of task, as in KINDS, that the spaces of a vector environment show."""
-    space = gym.spaces.flatten_space(envs.single_observation_space)
-    one_hot = space.dtype.kind in "iub" and space.high.max() == 1
-    real = isinstance(envs.single_action_space, gym.spaces.Box)
-    return "one-hot observations" if one_hot else "real actions" if real else "discrete actions"
+    obs, action = gym.spaces.flatten_space(envs.single_observation_space), envs.single_action_space
+    if obs.dtype.kind in "iub" and obs.high.max() == 1:
+        return "one-hot observations"
+    if isinstance(action, gym.spaces.Discrete):
+        return "discrete actions"
+    return "one real action" if gym.spaces.flatdim(action) == 1 else "real actions"
 
 
 def new_agent(env=Settings.env, **chosen):

@@ -605,8 +605,7 @@ def test_eq18_critic_loss():
 
 
 # C  The tests -------------------------------------------------------------------------------------
-# A test that cannot fail proves nothing. Each line changes one thing in ppo.py, and the test named
-# beside it must notice.
+# A test that cannot fail proves nothing: what a line changes in ppo.py, the test beside it notices.
 
 SOURCE = Path(ppo.__file__).read_text(encoding="utf-8")
 MUTANTS = [
@@ -869,7 +868,8 @@ ACTIONS_AND_LEGAL = [  # a space, what the actor wants, what env.step receives
     (gym.spaces.Box(0, 255, (), np.uint8), [254.6], 255),
 ]
 SPACES = [(space, THREE, kind) for space, kind in OBSERVATIONS]
-SPACES += [(BOX, space, "real actions") for space, _, _ in ACTIONS_AND_LEGAL[2:]]
+SPACES += [(BOX, ACTIONS_AND_LEGAL[i][0], "real actions") for i in (2, 3, 4)]
+SPACES += [(BOX, ACTIONS_AND_LEGAL[5][0], "one real action")]
 
 
 @pytest.mark.parametrize(("observation_space", "action_space", "kind"), SPACES, ids=str)
@@ -880,9 +880,9 @@ def test_spaces(observation_space, action_space, kind):
     inputs = np.eye(agent.actor[0].shape[0], dtype=np.float32)  # indicators are seen as they are
     assert (agent.normalize(inputs) == inputs).all() == (kind == "one-hot observations")
     envs = gym.make_vec("Odd-v0", num_envs=3, vectorization_mode="sync")
+    assert ppo.kind_of(envs) == kind
     obs, _ = envs.reset(seed=0)
-    actions = agent.act(obs)
-    envs.step(actions)
+    envs.step(actions := agent.act(obs))
     rows = list(gym.vector.utils.iterate(envs.observation_space, obs))
     assert_allclose([agent.act(row) for row in rows], actions, rtol=1e-4)
     assert play_plainly("Odd-v0", agent) == 10
@@ -913,7 +913,7 @@ def test_settings_are_chosen_by_kind_and_by_name(monkeypatch):
     """Chosen wins over task, task over kind, kind over default, whatever the version."""
     for name, row in (ppo.KINDS | ppo.TASKS).items():
         ppo.Settings(name, **row)  # raises where a number is out of range
-    monkeypatch.setitem(ppo.KINDS, "real actions", dict(lr=0.5, gamma=0.5, lam=0.5))
+    monkeypatch.setitem(ppo.KINDS, "one real action", dict(lr=0.5, gamma=0.5, lam=0.5))
     monkeypatch.setattr(ppo, "TASKS", {"Pendulum": dict(gamma=0.25, lam=0.25)})
     for env in ("Pendulum-v1", "Pendulum", "gymnasium.envs.classic_control:Pendulum-v1"):
         s = ppo.new_agent(env, lam=0.125).settings
