@@ -577,7 +577,7 @@ REAL = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
 KINDS = {
     "discrete actions": dict(),
     "real actions": dict(REAL, log_std_init=-0.5),
-    "one real action": dict(REAL, epochs=10, log_std_init=1.0),
+    "one real action": dict(REAL, epochs=8, log_std_init=0.8),
     "one-hot observations": dict(num_envs=32, num_steps=64, minibatch_size=256, lr=1e-3,
                                  ent_coef=0.2, normalize_steps=0),
 }
@@ -590,8 +590,8 @@ TASKS = {
                          minibatch_size=128, lr=2e-3, ent_coef=0.3),
     "HalfCheetah": dict(gamma=0.995, log_std_init=-1.0),
     "LunarLanderContinuous": dict(total_steps=500_000, epochs=10, gamma=0.997, normalize_steps=1),
-    "Pendulum": dict(total_steps=100_000, num_envs=8, minibatch_size=64, lr=1e-3, gamma=0.97,
-                     normalize_steps=0),
+    "Pendulum": dict(total_steps=100_000, num_envs=8, epochs=10, minibatch_size=64, lr=1e-3,
+                     gamma=0.97, normalize_steps=0, log_std_init=1.0),
 }
 # fmt: on
 
