@@ -384,11 +384,11 @@ class Agent:
         s, self.settings, self.rng = settings, settings, np.random.default_rng(settings.seed)
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         obs_dim, act_dim = gym.spaces.flatdim(self.obs_space), gym.spaces.flatdim(self.action_space)
-        # A small last layer: at first no action is preferred in any state.
+        # At first, no action is preferred, and a table says V = 0: no noise to learn from.
         actor = init_mlp([obs_dim, *s.hidden, act_dim], self.rng, out_gain=0.01)
         if isinstance(self.action_space, gym.spaces.Box):
             actor.append(np.full(act_dim, s.log_std_init, np.float32))
-        critic = init_mlp([obs_dim, *s.hidden, 1], self.rng)
+        critic = init_mlp([obs_dim, *s.hidden, 1], self.rng, out_gain=1.0 if s.hidden else 0.0)
         self.theta, self.phi = np.concatenate(actor, axis=None), np.concatenate(critic, axis=None)
         self.actor, self.critic = unflatten(self.theta, actor), unflatten(self.phi, critic)
         self.actor_adam, self.critic_adam = Adam(self.theta), Adam(self.phi)
@@ -555,7 +555,7 @@ class Settings:
     kl_target: float = setting(0.01, "δ of trpo, Eq. 14; where β steers kl, Eq. 15", 1e-6, 10)
     ent_coef: float = setting(0.0, "c, entropy bonus at the start; falls to 0, Eq. 17", 0, 10)
     max_grad_norm: float = setting(0.5, "length to which gradients are clipped", 1e-6, 1e6)
-    hidden: tuple = setting((64, 64), "sizes of the hidden layers", 1, 8192)
+    hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any", 1, 8192)
     normalize_steps: int = setting(1, "steps to learn observation statistics in; 0 none", 0, 10**12)
     log_std_init: float = setting(0.0, "log std of real actions at the start", -5, 2)
     episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
@@ -564,7 +564,7 @@ class Settings:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             x, kinds = np.asarray(value), "iuf" if f.type is float else "iu"
-            fits = x.dtype.kind in kinds and x.ndim == (f.type is tuple)
+            fits = (x.dtype.kind in kinds or not x.size) and x.ndim == (f.type is tuple)
             if low is not None and not (fits and (low <= x).all() and (x <= high).all()):
                 raise UsageError(f"{f.name}: {f.type.__name__} from {low} to {high}, not {value}")
         if self.objective not in ("pg", "is", "trpo", "kl", "clip"):
@@ -578,16 +578,16 @@ KINDS = {
     "discrete actions": dict(),
     "real actions": dict(REAL, log_std_init=-0.5),
     "one real action": dict(REAL, epochs=8, log_std_init=0.8),
-    "one-hot observations": dict(num_envs=32, num_steps=32, minibatch_size=256, lr=1e-3,
-                                 ent_coef=0.2, hidden=(128,), normalize_steps=0),
+    # Without hidden layers, W is a table: a row of logits and a value for each state.
+    "one-hot observations": dict(num_envs=32, num_steps=32, minibatch_size=256, lr=3e-2, lam=0.8,
+                                 ent_coef=0.3, hidden=(), normalize_steps=0),
 }
 TASKS = {
     "CartPole": dict(total_steps=100_000), "MountainCarContinuous": dict(total_steps=100_000),
     "Acrobot": dict(total_steps=200_000), "FrozenLake": dict(total_steps=200_000),
     "CliffWalkingSlippery": dict(total_steps=200_000), "FrozenLake8x8": dict(total_steps=300_000),
     "LunarLander": dict(total_steps=1_000_000),
-    "CliffWalking": dict(total_steps=100_000, num_envs=16, epochs=10, minibatch_size=128, lr=2e-3,
-                         ent_coef=0.3),
+    "CliffWalking": dict(total_steps=100_000, num_envs=16, epochs=10, minibatch_size=128, lr=0.1),
     "HalfCheetah": dict(num_envs=32, num_steps=64, gamma=0.995, log_std_init=-1.0),
     "LunarLanderContinuous": dict(total_steps=500_000, epochs=10, gamma=0.997, normalize_steps=1),
     "Pendulum": dict(total_steps=100_000, num_envs=8, epochs=10, minibatch_size=64, lr=1e-3,
@@ -790,7 +790,7 @@ def parse(argv):
     group.add_argument("--render", action="store_true", help="show five episodes in a window")
     group = parser.add_argument_group("settings")
     for f in fields(Settings):
-        kind = {"type": int, "nargs": "+"} if f.type is tuple else {"type": f.type}
+        kind = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
         text = f"{f.metadata['help']} ({str(f.default).strip('()').replace(',', '')})"
         flag = "--" + f.name.replace("_", "-")
         group.add_argument(flag, default=argparse.SUPPRESS, metavar="", help=text, **kind)

@@ -37,7 +37,7 @@ TASKS = [  # with steps, and the number of seeds: 20 where a run takes half a mi
     ("MountainCarContinuous-v0", 100_000, 20), ("Pendulum-v1", 100_000, 20),
     ("LunarLander-v3", 500_000, 5), ("LunarLander-v3", 1_000_000, 5),
     ("LunarLanderContinuous-v3", 500_000, 5), ("BipedalWalker-v3", 1_000_000, 5),
-    ("FrozenLake-v1", 200_000, 20), ("FrozenLake8x8-v1", 300_000, 20), ("Taxi-v4", 500_000, 5),
+    ("FrozenLake-v1", 200_000, 20), ("FrozenLake8x8-v1", 300_000, 20), ("Taxi-v4", 500_000, 20),
     ("CliffWalking-v1", 100_000, 20), ("CliffWalkingSlippery-v1", 200_000, 20),
     ("HalfCheetah-v5", 1_000_000, 5), ("Hopper-v5", 1_000_000, 5), ("Walker2d-v5", 1_000_000, 5),
     ("Swimmer-v5", 1_000_000, 5), ("Ant-v5", 1_000_000, 5), ("Reacher-v5", 1_000_000, 5),
