@@ -384,7 +384,7 @@ class Agent:
         s, self.settings, self.rng = settings, settings, np.random.default_rng(settings.seed)
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         obs_dim, act_dim = gym.spaces.flatdim(self.obs_space), gym.spaces.flatdim(self.action_space)
-        # At first, no action is preferred, and a table says V = 0: no noise to learn from.
+        # At first no action is preferred. Without hidden layers, V = 0: no noise to learn from.
         actor = init_mlp([obs_dim, *s.hidden, act_dim], self.rng, out_gain=0.01)
         if isinstance(self.action_space, gym.spaces.Box):
             actor.append(np.full(act_dim, s.log_std_init, np.float32))
