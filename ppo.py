@@ -588,10 +588,10 @@ TASKS = {
     "CliffWalkingSlippery": dict(total_steps=200_000), "FrozenLake8x8": dict(total_steps=300_000),
     "LunarLander": dict(total_steps=1_000_000),
     "CliffWalking": dict(total_steps=100_000, num_envs=16, epochs=10, minibatch_size=128, lr=0.1),
-    "HalfCheetah": dict(num_envs=32, num_steps=64, gamma=0.995, log_std_init=-1.0),
-    "LunarLanderContinuous": dict(total_steps=500_000, epochs=10, gamma=0.997, normalize_steps=1),
+    "HalfCheetah": dict(num_envs=32, num_steps=64, lam=0.9, log_std_init=-1.0),
+    "LunarLanderContinuous": dict(total_steps=500_000, epochs=20, gamma=0.999, normalize_steps=1),
     "Pendulum": dict(total_steps=100_000, num_envs=8, epochs=10, minibatch_size=64, lr=1e-3,
-                     gamma=0.97, normalize_steps=0, log_std_init=1.0),
+                     lam=0.8, normalize_steps=0, log_std_init=1.0),
 }
 # fmt: on
 
