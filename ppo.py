@@ -3,247 +3,333 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium>=1.0", "numpy>=1.26"]
 # ///
-"""Proximal Policy Optimization (PPO) in one file: numpy, gymnasium and every gradient by hand.
+"""Proximal Policy Optimization (PPO) in one file, with numpy and gymnasium only.
 
     python ppo.py --env CartPole-v1
 
-Read it from top to bottom with the lectures beside it. `Eq. 9` above a line is the formula that the
-line computes: README.md lists all nineteen, test_ppo.py proves them.
+Every gradient is written by hand. Read from top to bottom, with the lectures beside it.
+A comment such as `Eq. 9` gives the formula that the code below it computes. README.md
+lists all nineteen, test_ppo.py checks them.
 
-The algorithm (Eq. 19)                                                                where
-    initialise the actor θ and the critic φ                                           §1
-    repeat, with θ_k, φ_k the values that θ, φ have now (in names: _old)              §8
-        play T steps in each of N environments with π_θ_k: a trajectory               §2, §3
-        Â from V_φ_k by GAE;  R̂ = Â + V_φ_k                                           §4, §8
-        in K epochs, for each minibatch of B rows:  θ ← θ - Adam(∇ actor_loss)        §5, §6, §7
-        likewise for the critic:                    φ ← φ - Adam(∇ critic_loss)       §6, §7
+The algorithm (Eq. 19)                                                where
+    create the actor θ and the critic φ                               §1, §2
+    repeat until all steps are used up                                §8
+        play T steps in each of N environments, with the policy π_θ   §3
+        judge: advantages Â from V_φ by GAE, and returns R̂ = Â + V_φ  §4
+        learn: K times, for each minibatch of B rows
+            move θ against the gradient of the actor's loss           §5, §6, §7
+            move φ against the gradient of the critic's loss          §6, §7
 
-Glossary                    name                         shape
-    N, T, K                 num_envs, num_steps, epochs
-    B                       minibatch_size               in shapes: any number of rows
-    n, d, P                                              actions, action components, parameters
-    s_t                     observations, obs            (T+1, N, obs_dim); (N, obs_dim)
-    s_t, normalised         inputs                       (T+1, N, obs_dim); (B, obs_dim)
-    a_t                     actions                      (T, N) or (T, N, d); (B,) or (B, d)
-    r_t                     rewards                      (T, N)
-    true end, time limit    terminated, truncated        (T, N) booleans; ended: either
-    V_φ(s_t)                values                       (T+1, N); (B,)
-    δ_t, Â_t, R̂_t           deltas, advantages, returns  (T, N); (B,)
-    π_θ(·|s)                policy                       of logits (B, n) or mean (B, d), log_std
-    log π_θ(a|s), H(π_θ)    log_prob, entropy            (B,)
-    ρ = π_θ / π_θ_k         ratio                        (B,)
-    θ, φ                    theta, phi: vectors (P,); actor, critic: the same as lists of arrays
-    γ, λ, ε, β, c           gamma, lam, clip or epsilon, beta, ent_coef; δ of TRPO: kl_target, delta
+While θ moves, the data are still those of the θ that played. The lectures call it θ_k;
+names of what belongs to it end in _old.
+
+Names
+    N, T, K, B     num_envs, num_steps, epochs, minibatch_size; (B,) is any number of rows
+    n, d, P        how many actions, components of an action, parameters
+    s, a, Â, R̂, ρ  observations (normalised: inputs), actions, advantages, returns, ratio
+    θ, φ           theta, phi: vectors (P,); actor, critic: the same as lists of arrays
+    γ, λ, ε, β, c  gamma, lam, clip or epsilon, beta, ent_coef
 """
 
 import os
 
-# Small networks run fastest on one BLAS thread. numpy reads this on import; your own value wins.
+# Small networks run fastest on one thread. numpy reads this on import; your value wins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import argparse
+import csv
+import json
 import math
+import numbers
+import sys
+import time
 from collections import deque
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers.utils import RunningMeanStd
+from gymnasium.wrappers.vector import FlattenObservation, TransformAction, TransformObservation
 
-# §1  Networks -------------------------------------------------------------------------------------
-# π_θ and V_φ are two separate multi-layer perceptrons. The forward pass keeps what the backward
-# pass needs, and the backward pass is the chain rule, one layer at a time.
+# §1  Networks ------------------------------
+# Actor and critic are networks of layers x W + b, with tanh between them. A network is a
+# list of arrays [W1, b1, W2, b2, ...]. An optimiser sees the same as one long vector.
+
+
+def flatten(arrays):
+    """Return the numbers of all arrays as one vector (P,)."""
+    return np.concatenate(arrays, axis=None)
+
+
+def unflatten(vector, shapes):
+    """Cut the vector (P,) into arrays of these shapes: views, which move when it moves."""
+    arrays = []
+    start = 0
+    for shape in shapes:
+        end = start + math.prod(shape)
+        arrays.append(vector[start:end].reshape(shape))
+        start = end
+    return arrays
 
 
 def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
-    """Initial parameters [W1, b1, W2, b2, ...] of a network with these layer sizes.
+    """Return new parameters for layers of these sizes, e.g. [4, 64, 64, 2].
 
-    W (fan_in, fan_out) is orthogonal (Saxe et al. 2014): its rows or columns, whichever are fewer,
-    are orthogonal and have length √2 in hidden layers, out_gain in the last. b (fan_out,) is 0.
+    Each W (fan_in, fan_out) is a random orthogonal matrix, which keeps signals alive
+    (Saxe et al. 2014), times √2 in hidden layers and out_gain in the last. Each b is 0.
     """
     params = []
-    gains = [2**0.5] * (len(sizes) - 2) + [out_gain]
-    for fan_in, fan_out, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
-        q, r = np.linalg.qr(rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out))))
-        q *= np.sign(np.diag(r))  # without these signs q would not be uniformly distributed
-        W = gain * (q if fan_in >= fan_out else q.T)
-        params += [np.ascontiguousarray(W, dtype), np.zeros(fan_out, dtype)]
+    num_layers = len(sizes) - 1
+    for layer in range(num_layers):
+        fan_in = sizes[layer]
+        fan_out = sizes[layer + 1]
+        gain = out_gain if layer == num_layers - 1 else math.sqrt(2)
+        noise = rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out)))
+        q, r = np.linalg.qr(noise)
+        q *= np.sign(np.diag(r))  # now all matrices are equally likely
+        W = q if fan_in >= fan_out else q.T
+        params.append((gain * W).astype(dtype, order="C"))
+        params.append(np.zeros(fan_out, dtype))
     return params
 
 
 def mlp_forward(params, inputs):
-    """The output (B, out) for inputs (B, in), and as cache what each layer received."""
-    out, cache = inputs, []
-    for W, b in zip(params[0::2], params[1::2], strict=False):  # log_std, if any, is no layer
-        cache.append(np.tanh(out) if cache else out)  # tanh between layers
-        out = cache[-1].dot(W)  # for matrices this small twice as fast as @
-        out += b
-    return out, cache
+    """Return outputs (B, out_dim) for inputs (B, in_dim), and a cache: each layer's input.
+
+    A log_std at the end of params belongs to no layer.
+    """
+    num_layers = len(params) // 2
+    cache = []
+    x = inputs
+    for layer in range(num_layers):
+        W = params[2 * layer]
+        b = params[2 * layer + 1]
+        if layer > 0:
+            x = np.tanh(x)
+        cache.append(x)
+        x = x.dot(W) + b  # .dot is twice as fast as @ where W is narrow
+    return x, cache
 
 
-def mlp_backward(params, cache, dout):
-    """The gradients [dW1, db1, ...] of a loss, from dout (B, out) = ∂loss/∂output."""
+def mlp_backward(params, cache, d_outputs):
+    """Return the gradients [dW1, db1, ...], from ∂loss/∂outputs = d_outputs (B, out_dim)."""
     grads = []
-    for i in reversed(range(len(cache))):
-        W, x = params[2 * i], cache[i]
-        # out = x W + b: ∂loss/∂W = xᵀ dout, ∂loss/∂b adds up dout's rows, and ∂loss/∂x = dout Wᵀ
-        grads = [x.T.dot(dout), np.ones(len(dout), dout.dtype).dot(dout), *grads]
-        if i > 0:
-            dout = dout.dot(W.T)
-            dout *= 1 - x * x  # x = tanh(z), and tanh'(z) = 1 - tanh²(z)
+    for layer in reversed(range(len(cache))):
+        W = params[2 * layer]
+        x = cache[layer]
+        # outputs = x W + b:   ∂loss/∂W = xᵀ d_outputs,   ∂loss/∂b = Σ_rows d_outputs
+        dW = x.T.dot(d_outputs)
+        db = np.ones(len(x), x.dtype).dot(d_outputs)  # 3 times as fast as .sum(axis=0)
+        grads = [dW, db, *grads]
+        if layer > 0:
+            # ∂loss/∂x = d_outputs Wᵀ;   x = tanh(z), and tanh'(z) = 1 - tanh²(z)
+            dx = d_outputs.dot(W.T)
+            d_outputs = dx * (1 - x * x)
     return grads
 
 
-# §2  Policies -------------------------------------------------------------------------------------
-# A policy is a distribution over actions. Both kinds offer sample, mode, log_prob and entropy. The
-# last two return a number for each state (B,) and, as a list, its gradient with respect to what the
-# policy was made from: logits, or mean and log_std (of that one, too, a row for each state).
+# §2  Policies ------------------------------
+# A policy is a distribution over actions for each state of a batch. log_prob and entropy
+# return a number for each state (B,), and its gradients: one array for each parameter of
+# the policy (the logits, or mean and log_std), with a row for each state.
+
+
+def log_softmax(logits):
+    """Return log π(·|s) (B, n) for logits (B, n)."""
+    logits = np.asfortranarray(logits)  # long columns add up faster than short rows
+    shifted = logits - logits.max(axis=-1, keepdims=True)  # exp cannot overflow
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 class Categorical:
     """A choice among n actions, π(a|s) = softmax(logits)_a, of logits (B, n)."""
 
     def __init__(self, logits):
-        self.logits, self._log_probs = logits, None
-
-    @property
-    def log_probs(self):
-        """log π(·|s) (B, n), computed when first asked for: sampling does not need it."""
-        if self._log_probs is None:
-            logits = np.asfortranarray(self.logits)  # sums over short rows are slow otherwise
-            shifted = logits - logits.max(axis=-1, keepdims=True)  # exp cannot overflow
-            self._log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-        return self._log_probs
+        self.logits = logits
 
     def sample(self, rng):
-        """a ~ π(·|s) (B,): the argmax of logits + Gumbel noise is distributed as their softmax."""
-        return (self.logits + rng.gumbel(size=self.logits.shape)).argmax(axis=-1)
+        """Draw actions (B,): the argmax of logits + Gumbel noise follows the softmax."""
+        noise = rng.gumbel(size=self.logits.shape)
+        return (self.logits + noise).argmax(axis=-1)
 
     def mode(self):
-        """The likeliest action (B,)."""
+        """Return the likeliest actions (B,)."""
         return self.logits.argmax(axis=-1)
 
     def log_prob(self, actions):
-        """log π(a|s) (B,) for actions (B,), and its gradient [(B, n)]."""
-        rows, grad_logits = np.arange(len(actions)), -np.exp(self.log_probs)
-        # For Eq. 3   ∂ log π(a) / ∂ logits = onehot(a) - π
-        grad_logits[rows, actions] += 1
-        return self.log_probs[rows, actions], [grad_logits]
+        """Return log π(a|s) (B,) of actions (B,), and its gradients [(B, n)]."""
+        if actions.shape != self.logits.shape[:1]:
+            raise ValueError(f"actions must be {self.logits.shape[:1]}, not {actions.shape}")
+        log_probs = log_softmax(self.logits)
+        rows = np.arange(len(actions))
+        # ∇log π of Eq. 3   ∂ log π(a) / ∂ logits = onehot(a) - π
+        d_logits = -np.exp(log_probs)
+        d_logits[rows, actions] += 1
+        return log_probs[rows, actions], [d_logits]
 
     def entropy(self):
-        """H(π) (B,), and its gradient [(B, n)]."""
-        probs = np.exp(self.log_probs)
+        """Return H(π) (B,), and its gradients [(B, n)]."""
+        log_probs = log_softmax(self.logits)
+        probs = np.exp(log_probs)
         # Eq. 17   H = -Σ π log π;   ∂H / ∂ logits = -π (log π + H)
-        entropy = -(probs * self.log_probs).sum(axis=-1)
-        return entropy, [-probs * (self.log_probs + entropy[:, None])]
+        entropy = -(probs * log_probs).sum(axis=-1)
+        d_logits = -probs * (log_probs + entropy[:, None])
+        return entropy, [d_logits]
 
 
 class Gaussian:
-    """Independent normal actions, π(a|s) = N(mean, exp(log_std)²), of mean (B, d), log_std (d,)."""
+    """Independent normal actions, N(mean, exp(log_std)²), of mean (B, d), log_std (d,)."""
 
     def __init__(self, mean, log_std):
-        self.mean, self.log_std, self.std = mean, log_std, np.exp(log_std)
+        self.mean = mean
+        self.log_std = log_std
+        self.std = np.exp(log_std)
 
     def sample(self, rng):
-        """a ~ π(·|s) (B, d)."""
-        return self.mean + self.std * rng.standard_normal(self.mean.shape, self.mean.dtype)
+        """Draw actions (B, d)."""
+        noise = rng.standard_normal(self.mean.shape, self.mean.dtype)
+        return self.mean + self.std * noise
 
     def mode(self):
-        """The likeliest action (B, d)."""
+        """Return the likeliest actions (B, d)."""
         return self.mean
 
     def log_prob(self, actions):
-        """log π(a|s) (B,) for actions (B, d), and its gradient [(B, d), (B, d)]."""
+        """Return log π(a|s) (B,) of actions (B, d), and its gradients [(B, d), (B, d)]."""
+        if actions.shape != self.mean.shape:
+            raise ValueError(f"actions must be {self.mean.shape}, not {actions.shape}")
         z = (actions - self.mean) / self.std
-        # For Eq. 3   log π = -Σ (½z² + log std + ½ log 2π);   ∂/∂mean = z/std, ∂/∂log_std = z² - 1
-        log_prob = -(0.5 * z * z + self.log_std + 0.5 * float(np.log(2 * np.pi))).sum(axis=-1)
-        return log_prob, [z / self.std, z * z - 1]
+        # ∇log π of Eq. 3   log π = -Σ (½z² + log std + ½ log 2π);
+        #                   ∂ log π / ∂mean = z / std,   ∂ log π / ∂log_std = z² - 1
+        log_prob = -(0.5 * z * z + self.log_std + 0.5 * math.log(2 * math.pi)).sum(axis=-1)
+        d_mean = z / self.std
+        d_log_std = z * z - 1
+        return log_prob, [d_mean, d_log_std]
 
     def entropy(self):
-        """H(π) (B,), and its gradient [(B, d), (B, d)]."""
-        # Eq. 17   H = Σ (log std + ½ log 2πe), the same in every state;   ∂H / ∂log_std = 1
-        H = (self.log_std + 0.5 * float(np.log(2 * np.pi * np.e))).sum()
-        return np.full(len(self.mean), H), [np.zeros_like(self.mean), np.ones_like(self.mean)]
+        """Return H(π) (B,), and its gradients [(B, d), (B, d)]."""
+        # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H / ∂log_std = 1
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        d_mean = np.zeros_like(self.mean)
+        d_log_std = np.ones_like(self.mean)
+        return np.full(len(self.mean), entropy), [d_mean, d_log_std]
 
 
 def policy_forward(actor, inputs):
-    """π_θ(·|s) for inputs (B, obs_dim), Gaussian if actor ends in a log_std; and the cache."""
-    out, cache = mlp_forward(actor, inputs)
-    return (Gaussian(out, actor[-1]) if len(actor) % 2 else Categorical(out)), cache
+    """Return the policy for inputs (B, obs_dim), and the cache of mlp_forward.
 
-
-# §3  Trajectory -----------------------------------------------------------------------------------
-# First play, then judge: while it plays, the agent only chooses actions. V(s) and log π_θ_k(a|s)
-# follow for the whole rollout at once, in §8.
-
-
-def rollout(envs, act, obs, num_steps):
-    """Play num_steps steps in each of N environments; act maps observations to actions (N, ...).
-
-    envs is a Gymnasium vector environment with NEXT_STEP auto-reset, obs (N, obs_dim) what it
-    returned last. Returns observations (T+1, N, obs_dim), actions (T, N, ...), rewards, terminated
-    and truncated (T, N). The step that ends an episode returns its true last observation. The step
-    after it only resets: it ignores the action, and its row is no transition.
-    Raises FloatingPointError when an observation or a reward is not finite.
+    It is Gaussian if actor ends in a log_std (d,), otherwise Categorical.
     """
-    observations = np.empty((num_steps + 1, *obs.shape), np.float32)
-    rewards = np.empty((num_steps, len(obs)), np.float32)
-    terminated, truncated = np.empty_like(rewards, bool), np.empty_like(rewards, bool)
-    observations[0], actions = obs, []
+    outputs, cache = mlp_forward(actor, inputs)
+    has_log_std = len(actor) % 2 == 1
+    policy = Gaussian(outputs, actor[-1]) if has_log_std else Categorical(outputs)
+    return policy, cache
+
+
+# §3  Trajectory ------------------------------
+# First play, then judge. V(s) and log π follow in §8, for the whole rollout at once.
+
+
+def rollout(envs, act, obs, num_steps, dtype=np.float32):
+    """Play num_steps steps in N environments. act maps observations to actions (N, ...).
+
+    envs is a Gymnasium vector environment, obs (N, obs_dim) its last observation. Returns
+    observations (T+1, N, obs_dim) of this dtype, actions (T, N, ...), rewards (T, N) in
+    float32, terminated and truncated (T, N). Raises FloatingPointError if a number is not
+    finite.
+
+    An episode is terminated at a true end, and truncated where a time limit stops it. The
+    next step only resets (NEXT_STEP). Its action is ignored: do not learn from its row.
+
+        t   observations[t]   actions[t]   rewards[t]   terminated[t]
+        7   s_7               a_7          r_7          True            the episode ends
+        8   its last state    ignored      0            False           the reset
+        9   s_1               a_1          r_1          False           the next episode
+    """
+    observations = np.zeros((num_steps + 1, *obs.shape), dtype)
+    rewards = np.zeros((num_steps, len(obs)), np.float32)
+    terminated = np.zeros((num_steps, len(obs)), bool)
+    truncated = np.zeros((num_steps, len(obs)), bool)
+    actions = []
     # Eq. 1   τ = (s_1, a_1, r_1, s_2, a_2, r_2, ...)
+    observations[0] = obs
     for t in range(num_steps):
         actions.append(act(observations[t]))
         observations[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t])
-        if not (np.isfinite(observations[t : t + 2]).all() and np.isfinite(rewards[t]).all()):
-            raise FloatingPointError(f"step {t} of a rollout returned a number that is not finite")
+    if not (np.isfinite(observations).all() and np.isfinite(rewards).all()):
+        raise FloatingPointError("the environment returned a number that is not finite")
     return observations, np.stack(actions), rewards, terminated, truncated
 
 
-# §4  Advantage ------------------------------------------------------------------------------------
-# How much better was an action than what the critic expected of its state?
+# §4  Advantage ------------------------------
+# How much better was the action than the critic expected in that state?
 
 
 def gae(rewards, values, terminated, truncated, gamma, lam):
-    """Generalized Advantage Estimation (Schulman et al. 2016): Â (T, N) (Eq. 5-9).
+    """Generalized Advantage Estimation (Schulman et al. 2016): return Â (T, N).
 
-    rewards, terminated and truncated are (T, N), values (T+1, N): values[t + 1] is V(s_{t+1}), also
-    where the rollout or a time limit stops an episode. Reset rows come out meaningless: drop them.
+    rewards, terminated and truncated (booleans or 0/1) are (T, N), values (T+1, N). Rows of
+    resets get meaningless numbers: do not use them. Raises ValueError for other shapes.
     """
-    # Eq. 7, 8   Q - V: δ_t = r_t + γ V(s_{t+1}) - V(s_t), and V(s_{t+1}) is 0 after a true end
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    # After either ending comes another episode: no credit flows back from it.
-    chain = np.where(terminated | truncated, 0, gamma * lam).astype(deltas.dtype)
-    advantages, advantage = np.empty_like(deltas), np.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   λ = 1: R_t (Eq. 5, plus V at a cut) - V(s_t)
-        advantages[t] = advantage = deltas[t] + chain[t] * advantage
+    T, N = rewards.shape
+    if not (values.shape == (T + 1, N) and terminated.shape == truncated.shape == (T, N)):
+        raise ValueError("rewards, terminated, truncated must be (T, N), values (T+1, N)")
+    # Eq. 7, 8   Q - V = δ_t = r_t + γ V(s_{t+1}) - V(s_t)
+    # V(s_{t+1}) is 0 after a true end. At a time limit the state still has its value.
+    next_values = np.where(terminated, 0, values[1:])
+    deltas = rewards + gamma * next_values - values[:-1]
+    ended = np.logical_or(terminated, truncated)
+    advantages = np.zeros_like(deltas)
+    next_advantage = np.zeros_like(deltas[0])
+    for t in reversed(range(T)):
+        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   with λ = 1 it is R_t - V(s_t), R_t of Eq. 5
+        # After either ending the next row belongs to another episode.
+        next_advantage = np.where(ended[t], 0, next_advantage)
+        advantages[t] = deltas[t] + gamma * lam * next_advantage
+        next_advantage = advantages[t]
     return advantages
 
 
-# §5  Objectives -----------------------------------------------------------------------------------
-# The lectures' objectives, in their order. Each returns for every row (B,) a loss, to be minimised
-# on average, and its slope ∂loss / ∂log π_θ(a|s). The lectures' sums differ by a factor, which Adam
-# all but cancels. TRPO (Eq. 14) works with Eq. 12 and 13; what is new in it is the step, in §7.
+# §5  Objectives ------------------------------
+# The objectives of the lectures, in their order. Each returns two arrays (B,): a loss, whose
+# mean is to be minimised, and its slope ∂loss/∂log π. TRPO (Eq. 14) uses Eq. 12 and 13.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
-    """The policy gradient (Eq. 4, 6): right for one step only. log_prob_old is not used."""
-    # Eq. 4, 6   loss = -log π_θ(a|s) Â
-    return -log_prob * advantages, -advantages
+    """The policy gradient (Eq. 4, 6), valid for one step. log_prob_old is not used."""
+    # Eq. 4, 6   loss = -log π Â;   ∂loss/∂log π = -Â
+    loss = -log_prob * advantages
+    slope = -advantages
+    return loss, slope
 
 
 def importance_sampling(log_prob, log_prob_old, advantages):
-    """The surrogate (Eq. 12): data of π_θ_k, reweighted by importance sampling (Eq. 11)."""
+    """The surrogate (Eq. 12): data of π_θ_k, reweighted by importance sampling (Eq. 11).
+
+    The ratio corrects the actions. The states are still those of π_θ_k, and so is Â: the
+    surrogate is right only near θ_k. This, and the variance of Eq. 11, is why everything
+    after it keeps θ close.
+    """
+    # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ/∂log π = ρ
     ratio = np.exp(log_prob - log_prob_old)
-    # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ / ∂ log π = ρ
-    return -ratio * advantages, -ratio * advantages
+    loss = -ratio * advantages
+    slope = -ratio * advantages
+    return loss, slope
 
 
 def kl_divergence(log_prob, log_prob_old, advantages=None):
-    """Rows (B,) whose mean estimates KL(π_θ_k‖π_θ) (Eq. 13), for actions of π_θ_k. Adding ρ - 1, on
-    average 0, makes them nonnegative and less noisy (Schulman 2020). advantages is not used."""
+    """KL(π_θ_k‖π_θ) (Eq. 13), estimated from actions of π_θ_k. advantages is not used.
+
+    E[ρ - 1] is 0. Adding it makes rows nonnegative, their mean less noisy (Schulman 2020).
+    """
+    # Eq. 13   KL = E[log π_θ_k - log π_θ] = E[log π_θ_k - log π_θ + ρ - 1];
+    #          ∂/∂log π = ρ - 1
     ratio_minus_1 = np.expm1(log_prob - log_prob_old)  # exact for small differences, too
-    # Eq. 13   KL = E[log π_θ_k - log π_θ] = E[log π_θ_k - log π_θ + ρ - 1];   ∂/∂ log π = ρ - 1
-    return log_prob_old - log_prob + ratio_minus_1, ratio_minus_1
+    kl = log_prob_old - log_prob + ratio_minus_1
+    slope = ratio_minus_1
+    return kl, slope
 
 
 def kl_penalty(log_prob, log_prob_old, advantages, beta):
@@ -255,103 +341,403 @@ def kl_penalty(log_prob, log_prob_old, advantages, beta):
 
 
 def adapt_beta(beta, kl, target):
-    """β for the next iteration, after this one moved the policy by kl (Eq. 15)."""
-    # Eq. 15   KL > KL_max → β grows, KL < KL_min → β shrinks; factors of Schulman et al. 2017
-    if kl > 1.5 * target:
+    """Return the next β, given this iteration's KL (Eq. 15; Schulman et al. 2017)."""
+    kl_max = 1.5 * target
+    kl_min = target / 1.5
+    # Eq. 15   KL > KL_max: β grows;   KL < KL_min: β shrinks
+    if kl > kl_max:
         return min(2 * beta, 1e4)
-    return max(beta / 2, 1e-4) if kl < target / 1.5 else beta
+    if kl < kl_min:
+        return max(beta / 2, 1e-4)
+    return beta
 
 
 def clip(log_prob, log_prob_old, advantages, epsilon):
-    """PPO2 (Eq. 16): a ratio beyond 1 ± epsilon gains no more, but a wrong one is pulled back."""
+    """PPO2 (Eq. 16): the surrogate, but moving ρ beyond 1 ± epsilon gains nothing."""
     ratio = np.exp(log_prob - log_prob_old)
-    surrogate, clipped = ratio * advantages, ratio.clip(1 - epsilon, 1 + epsilon) * advantages
-    # Eq. 16   loss = -min(ρ Â, clip(ρ, 1-ε, 1+ε) Â);   slope 0 where the clipped one is smaller
-    return -np.minimum(surrogate, clipped), np.where(surrogate <= clipped, -surrogate, 0)
+    surrogate = ratio * advantages
+    clipped = ratio.clip(1 - epsilon, 1 + epsilon) * advantages
+    # Eq. 16   loss = -min(ρ Â, clip(ρ, 1-ε, 1+ε) Â), and its slope:
+    #              ρ < 1-ε                      between    ρ > 1+ε
+    #     Â > 0    -ρÂ: wrong way, come back    -ρÂ        0: encouraged enough
+    #     Â < 0    0: discouraged enough        -ρÂ        -ρÂ: wrong way, come back
+    loss = -np.minimum(surrogate, clipped)
+    slope = np.where(surrogate <= clipped, -surrogate, 0)
+    return loss, slope
 
 
-# §6  Losses ---------------------------------------------------------------------------------------
+# §6  Losses ------------------------------
+# The chain rule makes the gradient: slope (§5) times ∇log π (§2), back through §1.
 
 
 def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advantages):
-    """The actor's loss for each row (B,), and the gradients of its mean, in the order of actor.
-    objective is one of §5 as a function of (log_prob, log_prob_old, advantages), all (B,)."""
+    """Return the actor's mean loss over B rows, and its gradient (P,).
+
+    objective is a function of §5 of log_prob, log_prob_old and advantages, all (B,).
+    inputs are (B, obs_dim), actions (B,) or (B, d). Raises ValueError for other shapes.
+    """
     policy, cache = policy_forward(actor, inputs)
-    log_prob, grad_log_prob = policy.log_prob(actions)
+    log_prob, d_log_prob = policy.log_prob(actions)
     loss, slope = objective(log_prob, log_prob_old, advantages)
-    d_policy = [slope[:, None] * grad for grad in grad_log_prob]  # the chain rule
-    if ent_coef:
+    if slope.shape != log_prob.shape:
+        raise ValueError(f"log_prob_old and advantages must be {log_prob.shape}")
+    # ∂loss/∂logits = ∂loss/∂log π · ∂log π/∂logits; likewise for mean and log_std
+    d_policy = [slope[:, None] * d for d in d_log_prob]
+    if ent_coef > 0:
         # Eq. 17   loss - c H(π_θ)
-        entropy, grad_entropy = policy.entropy()
+        entropy, d_entropy = policy.entropy()
         loss = loss - ent_coef * entropy
-        d_policy = [d - ent_coef * grad for d, grad in zip(d_policy, grad_entropy, strict=True)]
-    dout, *dlog_std = [d / len(inputs) for d in d_policy]  # of the mean over rows
-    return loss, mlp_backward(actor, cache, dout) + [d.sum(axis=0) for d in dlog_std]
+        for i in range(len(d_policy)):
+            d_policy[i] = d_policy[i] - ent_coef * d_entropy[i]
+    grads = mlp_backward(actor, cache, d_policy[0] / len(inputs))  # of the mean over rows
+    if isinstance(policy, Gaussian):
+        grads.append(d_policy[1].mean(axis=0))  # all rows share one log_std
+    return loss.mean(), flatten(grads)
 
 
 def critic_loss(critic, inputs, returns):
-    """The critic's loss for each row (B,), and the gradients of its mean, as actor_loss does."""
-    out, cache = mlp_forward(critic, inputs)
-    error = out[:, 0] - returns
-    # Eq. 18   loss = (V_φ(s) - R̂)²
-    return error * error, mlp_backward(critic, cache, 2 * error[:, None] / len(inputs))
+    """Return the critic's mean loss over B rows, and its gradient (P,).
+
+    inputs are (B, obs_dim), returns (B,). Raises ValueError for other shapes.
+    """
+    outputs, cache = mlp_forward(critic, inputs)
+    if returns.shape != outputs.shape[:1]:
+        raise ValueError(f"returns must be {outputs.shape[:1]}, not {returns.shape}")
+    # Eq. 18   loss = (V - R̂)²;   ∂loss/∂V = 2 (V - R̂)
+    error = outputs[:, 0] - returns
+    d_outputs = 2 * error[:, None] / len(inputs)  # of the mean over rows
+    return (error * error).mean(), flatten(mlp_backward(critic, cache, d_outputs))
 
 
-# §7  Optimisers -----------------------------------------------------------------------------------
-# To an optimiser θ is one long vector, and so is its gradient. The arrays that the networks use are
-# views of it: when the vector moves, they move.
-
-
-def unflatten(vector, like):
-    """Pieces of the vector (P,), as views with the shapes of the arrays in like."""
-    pieces = np.split(vector, np.cumsum([array.size for array in like])[:-1])
-    return [piece.reshape(array.shape) for piece, array in zip(pieces, like, strict=True)]
+# §7  Adam ------------------------------
 
 
 def clip_by_global_norm(gradient, max_norm):
-    """The gradient (P,), scaled down to max_norm where longer; zeros if it overflowed."""
+    """Return the gradient (P,), scaled down to the length max_norm if it is longer."""
     norm = float(np.sqrt(gradient @ gradient))
-    return gradient * min(1, max_norm / norm) if 0 < norm < np.inf else np.zeros_like(gradient)
+    if norm > max_norm:
+        return gradient * (max_norm / norm)
+    return gradient
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) for a parameter vector theta (P,), which step moves in place."""
+    """Adam (Kingma & Ba 2015) for a vector theta (P,), which step moves in place."""
 
-    # The paper's eps is 1e-8. With a larger one, steps vanish where gradients all but vanish.
+    # The paper's eps is 1e-8. A larger one keeps steps small where gradients are almost 0.
     def __init__(self, theta, beta1=0.9, beta2=0.999, eps=1e-5):
-        self.theta, self.beta1, self.beta2, self.eps = theta, beta1, beta2, eps
-        self.m, self.v, self.t = np.zeros_like(theta), np.zeros_like(theta), 0
+        self.theta = theta
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.eps = eps
+        self.m = np.zeros_like(theta)
+        self.v = np.zeros_like(theta)
+        self.t = 0
 
     def step(self, gradient, lr):
-        """Move theta against the gradient (P,), with learning rate lr."""
+        """Move theta against the gradient (P,) with learning rate lr."""
         self.t += 1
         # m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
         self.m += (1 - self.beta1) * (gradient - self.m)
         self.v += (1 - self.beta2) * (gradient * gradient - self.v)
         # θ ← θ - lr m̂ / (√v̂ + eps), with m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ)
-        m_scale, v_scale = lr / (1 - self.beta1**self.t), 1 / (1 - self.beta2**self.t)
-        self.theta -= m_scale * self.m / (np.sqrt(v_scale * self.v) + self.eps)
+        m_hat = self.m / (1 - self.beta1**self.t)
+        v_hat = self.v / (1 - self.beta2**self.t)
+        self.theta -= lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
 
-# TRPO is the step that PPO replaces; a first reading may skip to §8. Among the steps Δ with KL ≤ δ
-# it wants the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with the
-# Fisher matrix F = E[∇log π ∇log πᵀ]. Here surrogate (a loss) and kl map theta to (mean, gradient).
+# §8  PPO ------------------------------
+
+
+def setting(default, help, low=None, high=None):
+    """A field of Settings: its default, the help text of its flag, and its range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run. The command line has a flag for each."""
+
+    env: str = setting("CartPole-v1", "Gymnasium name; module:Name-v0 imports a module")
+    seed: int = setting(0, "seed of everything random in ppo.py", 0, 2**32 - 1)
+    total_steps: int = setting(500_000, "steps to play, with resets", 1, 10**12)
+    num_envs: int = setting(16, "N, environments side by side", 1, 4096)
+    num_steps: int = setting(128, "T, steps of each environment in a rollout", 1, 10**6)
+    epochs: int = setting(6, "K, passes over the same data, Eq. 10", 1, 1000)
+    minibatch_size: int = setting(128, "B, rows in a gradient step, at most", 1, 10**9)
+    lr: float = setting(2e-3, "learning rate; falls to 0", 1e-9, 1)
+    actor_lr: float = setting(None, "learning rate of the actor, if not lr", 1e-9, 1)
+    gamma: float = setting(0.995, "discount, Eq. 5", 0, 1)
+    lam: float = setting(0.95, "lambda of GAE, Eq. 9", 0, 1)
+    objective: str = setting("clip", "pg, is, trpo, kl or clip: Eq. 4, 12, 14, 15, 16")
+    clip: float = setting(0.2, "epsilon of clip, Eq. 16", 1e-3, 10)
+    kl_target: float = setting(0.01, "delta of trpo, Eq. 14; aim of kl, Eq. 15", 1e-6, 10)
+    ent_coef: float = setting(0.0, "c, entropy bonus, Eq. 17; falls to 0", 0, 10)
+    max_grad_norm: float = setting(0.5, "longer gradients are clipped", 1e-6, 1e6)
+    hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any", 1, 8192)
+    normalize_steps: int = setting(1, "steps with new statistics", 0, 10**12)
+    log_std_init: float = setting(0.0, "log_std of actions at first", -5, 2)
+    eval_episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
+
+
+class Agent:
+    """Actor and critic with their optimisers, and statistics of what they have seen."""
+
+    def __init__(self, envs, settings):
+        self.settings = settings
+        self.rng = np.random.default_rng(settings.seed)
+        self.obs_space = envs.unwrapped.single_observation_space
+        self.action_space = envs.single_action_space
+        obs_dim = gym.spaces.flatdim(self.obs_space)
+        act_dim = gym.spaces.flatdim(self.action_space)
+
+        # The small gain makes all actions about equally likely at first.
+        actor = init_mlp([obs_dim, *settings.hidden, act_dim], self.rng, out_gain=0.01)
+        if isinstance(self.action_space, gym.spaces.Box):
+            actor.append(np.full(act_dim, settings.log_std_init, np.float32))
+        # A table of values starts at 0: random values would only make the first Â noisy.
+        critic_gain = 1.0 if settings.hidden else 0.0
+        critic = init_mlp([obs_dim, *settings.hidden, 1], self.rng, critic_gain)
+
+        self.theta = flatten(actor)
+        self.phi = flatten(critic)
+        self.actor_shapes = [array.shape for array in actor]
+        self.critic_shapes = [array.shape for array in critic]
+        self.actor_adam = Adam(self.theta)
+        self.critic_adam = Adam(self.phi)
+        self.beta = 1.0
+        self.obs_mean = np.zeros(obs_dim)
+        self.obs_std = np.ones(obs_dim)
+        self.obs_stats = RunningMeanStd(epsilon=0, shape=obs_dim)
+        self.return_stats = RunningMeanStd()
+
+    @property
+    def actor(self):
+        """θ as the arrays of a network."""
+        return unflatten(self.theta, self.actor_shapes)
+
+    @property
+    def critic(self):
+        """φ as the arrays of a network."""
+        return unflatten(self.phi, self.critic_shapes)
+
+    def normalize(self, obs):
+        """Return observations (..., obs_dim) as inputs of mean 0, deviation 1, within ±10."""
+        if self.settings.normalize_steps == 0:
+            return obs.astype(np.float32)
+        return ((obs - self.obs_mean) / self.obs_std).clip(-10, 10).astype(np.float32)
+
+    def observe(self, obs):
+        """Update the statistics from observations (B, obs_dim), for normalize_steps steps.
+
+        Later, only a component that leaves ±10 gets new ones: its values would look alike.
+        """
+        if self.settings.normalize_steps == 0:
+            return
+        share_outside = (abs(obs - self.obs_mean) > 10 * self.obs_std).mean(axis=0)
+        outdated = share_outside > 0.01
+        if self.obs_stats.count < self.settings.normalize_steps:
+            outdated[:] = True
+        self.obs_stats.update(obs.astype(np.float64))
+        self.obs_mean[outdated] = self.obs_stats.mean[outdated]
+        self.obs_std[outdated] = np.sqrt(self.obs_stats.var[outdated] + 1e-8)
+
+    def policy(self, obs):
+        """Return the policy for observations (B, obs_dim)."""
+        policy, _ = policy_forward(self.actor, self.normalize(obs))
+        return policy
+
+    def act(self, obs):
+        """Return the likeliest action for one observation, as env.step accepts it.
+
+        Raises ValueError for an observation of another shape.
+        """
+        shape = self.obs_space.shape
+        if shape is not None and np.shape(obs) != shape:
+            raise ValueError(f"an observation must be {shape}, not {np.shape(obs)}")
+        row = gym.spaces.flatten(self.obs_space, obs)
+        return legal_actions(self.action_space, self.policy(row[None]).mode())[0]  # §10
+
+
+def fit(agent, adam, loss_function, data, lr):
+    """Take K epochs of gradient steps. loss_function maps a minibatch of the arrays in data
+    to (mean loss, gradient)."""
+    settings = agent.settings
+    num_rows = len(data[0])
+    num_minibatches = math.ceil(num_rows / settings.minibatch_size)
+    for _ in range(settings.epochs):  # Eq. 10: the same data again
+        order = agent.rng.permutation(num_rows)
+        for rows in np.array_split(order, num_minibatches):
+            minibatch = [array[rows] for array in data]
+            _, gradient = loss_function(*minibatch)
+            adam.step(clip_by_global_norm(gradient, settings.max_grad_norm), lr)
+
+
+def update(agent, inputs, actions, advantages, returns, remaining):
+    """Learn from B transitions, and return a record of what changed.
+
+    inputs are (B, obs_dim), actions (B,) or (B, d), advantages and returns (B,). remaining
+    is the share of the run still to come. It scales the learning rates and the entropy bonus.
+    """
+    settings = agent.settings
+    actor = agent.actor
+    lr = settings.lr * remaining
+    actor_lr = lr if settings.actor_lr is None else settings.actor_lr * remaining
+    ent_coef = settings.ent_coef * remaining
+    # Eq. 6: the mean is a baseline, too. The division makes the scale of rewards irrelevant.
+    normalized_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy_old, _ = policy_forward(actor, inputs)  # θ is still θ_k
+    log_prob_old, _ = policy_old.log_prob(actions)
+    data = [inputs, actions, log_prob_old, normalized_advantages]
+
+    if settings.objective == "pg":
+        # Eq. 10: for another step, Eq. 4 would need data of the new θ.
+        _, gradient = actor_loss(actor, policy_gradient, ent_coef, *data)
+        gradient = clip_by_global_norm(gradient, settings.max_grad_norm)
+        agent.actor_adam.step(gradient, actor_lr)
+    elif settings.objective == "trpo":
+        trpo(agent.theta, agent.actor_shapes, ent_coef, data, settings.kl_target)  # §9
+    else:
+        objectives = {
+            "is": importance_sampling,
+            "kl": partial(kl_penalty, beta=agent.beta),
+            "clip": partial(clip, epsilon=settings.clip),
+        }
+        objective = objectives[settings.objective]
+        loss_function = partial(actor_loss, actor, objective, ent_coef)
+        fit(agent, agent.actor_adam, loss_function, data, actor_lr)
+    loss_function = partial(critic_loss, agent.critic)
+    fit(agent, agent.critic_adam, loss_function, [inputs, returns], lr)
+
+    policy, _ = policy_forward(actor, inputs)
+    log_prob, _ = policy.log_prob(actions)
+    entropy, _ = policy.entropy()
+    kl, _ = kl_divergence(log_prob, log_prob_old)
+    ratio = np.exp(log_prob - log_prob_old)
+    agent.beta = adapt_beta(agent.beta, kl.mean(), settings.kl_target)
+    return {
+        "kl": float(kl.mean()),
+        "clipped": float((abs(ratio - 1) > settings.clip).mean()),
+        "entropy": float(entropy.mean()),
+        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # of var R̂
+    }
+
+
+class Diary:
+    """What learn keeps from one rollout to the next, because episodes go on."""
+
+    def __init__(self, num_envs):
+        self.steps = 0
+        self.episodes = 0
+        self.last_returns = deque(maxlen=100)
+        self.return_so_far = np.zeros(num_envs)
+        self.discounted_so_far = np.zeros(num_envs)
+        self.ended_before = np.zeros(num_envs, bool)
+
+    def add(self, rewards, ended, gamma):
+        """Note a rollout: its rewards, and where episodes ended (T, N).
+
+        Returns is_transition, which is False for resets, and the sum of an episode's rewards
+        so far, in which gamma discounts older ones, both (T, N).
+        """
+        is_transition = np.zeros(ended.shape, bool)
+        sums = np.zeros(ended.shape)
+        for t in range(len(rewards)):
+            is_transition[t] = ~self.ended_before  # the step after an ending is the reset
+            self.discounted_so_far = rewards[t] + gamma * self.discounted_so_far
+            sums[t] = self.discounted_so_far
+            # Eq. 2   R(τ) = Σ r_t of an episode that ended; their mean estimates J(θ)
+            self.return_so_far += rewards[t]
+            self.last_returns.extend(self.return_so_far[ended[t]])
+            self.return_so_far[ended[t]] = 0
+            self.discounted_so_far[ended[t]] = 0
+            self.ended_before = ended[t]
+        self.steps += ended.size
+        self.episodes += int(ended.sum())
+        return is_transition, sums
+
+    def mean_return(self):
+        """Return the mean return of the last 100 episodes, nan before the first one ends."""
+        return float(np.mean(self.last_returns)) if self.last_returns else math.nan
+
+
+def learn(agent, envs):
+    """The PPO loop (Eq. 19), for total_steps steps. Yields a record after each iteration.
+
+    envs come from make_envs (§10). Raises FloatingPointError if the agent diverges.
+    """
+    settings = agent.settings
+    N = envs.num_envs
+    diary = Diary(N)
+    actor = agent.actor  # views of θ: they move with it
+
+    def act(obs):
+        policy, _ = policy_forward(actor, agent.normalize(obs))
+        return policy.sample(agent.rng)
+
+    obs, _ = envs.reset(seed=int(agent.rng.integers(2**31 - N)))  # (N, obs_dim)
+    while diary.steps < settings.total_steps:
+        # Eq. 19, play: T steps in each environment with θ_k.
+        steps_left = settings.total_steps - diary.steps
+        T = min(settings.num_steps, math.ceil(steps_left / N))
+        trajectory = rollout(envs, act, obs, T, obs.dtype)
+        observations, actions, rewards, terminated, truncated = trajectory
+        obs = observations[-1]  # (T+1, N, obs_dim) -> (N, obs_dim)
+        ended = terminated | truncated  # (T, N)
+        is_transition, sums = diary.add(rewards, ended, settings.gamma)  # (T, N)
+        if not is_transition.any():
+            continue  # a rollout of a single step may have resets only
+
+        # Eq. 19, judge: Â and R̂ with φ_k. Not in the lectures: scaled rewards keep V at size 1.
+        agent.return_stats.update(sums[is_transition])
+        rewards /= np.sqrt(agent.return_stats.var + 1e-8)  # (T, N)
+        inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
+        values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
+        values = values.reshape(T + 1, N)
+        advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.lam)
+        returns = advantages + values[:-1]  # (T, N)   Eq. 18   R̂ = Â + V_φ_k(s)
+
+        # Eq. 19, learn: K epochs on the same data make θ_k+1 and φ_k+1.
+        arrays = [observations[:-1], inputs[:-1], actions, advantages, returns]
+        seen, *batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
+        changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
+        agent.observe(seen)  # new statistics count from the next rollout on
+        total = agent.theta.sum() + agent.phi.sum() + agent.obs_std.sum() + changes["kl"]
+        if not np.isfinite(total):  # then one of these numbers is not finite
+            where = f"in the iteration that ended at step {diary.steps:,}"
+            raise FloatingPointError(f"the agent diverged {where}: try a smaller lr")
+        played = {"steps": diary.steps, "episodes": diary.episodes}
+        yield {**played, "mean_return": diary.mean_return(), **changes}
+
+
+# If you came to learn PPO, you can stop here. TRPO follows, and a program around it all.
+
+# §9  TRPO ------------------------------
+# TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
+# takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with
+# the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate and kl map theta to (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
-    """(F + damping) v (P,) at θ_k = theta; F v is how ∇KL changes in the direction v (P,)."""
-    h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
+    """Return (F + damping) v (P,): F v is how ∇KL changes in the direction v (P,)."""
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
-    return (kl(theta + h * v)[1] - kl(theta - h * v)[1]) / (2 * h) + damping * v
+    machine_epsilon = float(np.finfo(theta.dtype).eps)
+    h = 2 * machine_epsilon ** (1 / 3) / float(np.linalg.norm(v))
+    _, gradient_ahead = kl(theta + h * v)
+    _, gradient_behind = kl(theta - h * v)
+    return (gradient_ahead - gradient_behind) / (2 * h) + damping * v
 
 
 def conjugate_gradients(product, g, iterations=10):
-    """x (P,) with F x ≈ g (P,), for product(v) = F v (Hestenes & Stiefel 1952)."""
-    x, residual, direction = np.zeros_like(g), g, g
+    """Return x (P,) with F x ≈ g (P,), for product(v) = F v (Hestenes & Stiefel 1952)."""
+    x = np.zeros_like(g)
+    residual = g
+    direction = g
     for _ in range(iterations):
-        F_direction, squared = product(direction), residual @ residual
+        F_direction = product(direction)
+        squared = residual @ residual
         length = squared / (direction @ F_direction)
-        x, residual = x + length * direction, residual - length * F_direction
+        x = x + length * direction
+        residual = residual - length * F_direction
         if residual @ residual < 1e-10 * (g @ g):
             break
         direction = residual + (residual @ residual / squared) * direction
@@ -359,496 +745,429 @@ def conjugate_gradients(product, g, iterations=10):
 
 
 def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
-    """TRPO (Eq. 14; Schulman et al. 2015): move theta (P,) in place so that the surrogate loss
-    (Eq. 12) falls and kl (Eq. 13) is at most delta; where no such step is found, stay."""
+    """Move theta (P,) in place, so that the surrogate loss falls and kl is at most delta.
+
+    If no such step is found, theta stays as it is.
+    """
     loss_old, gradient = surrogate(theta)
     if not gradient.any():
         return
-    x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), -gradient)
-    # Eq. 14   Δ = √(2δ / xᵀFx) x with F x = g = -gradient, so that xᵀFx = xᵀg
-    step = np.sqrt(2 * delta / (x @ -gradient)) * x
-    for _ in range(10):  # all this is approximate: halve the step until both conditions hold
-        if kl(theta + step)[0] <= delta and surrogate(theta + step)[0] < loss_old:
+    g = -gradient  # surrogate is a loss
+    x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), g)
+    # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g
+    step = np.sqrt(2 * delta / (x @ g)) * x
+    for _ in range(10):  # that holds near θ_k only: halve the step until it works
+        kl_new, _ = kl(theta + step)
+        loss_new, _ = surrogate(theta + step)
+        if kl_new <= delta and loss_new < loss_old:
             theta += step
             return
         step = step / 2
 
 
-# §8  PPO ------------------------------------------------------------------------------------------
-
-
-class Agent:
-    """Actor and critic with their optimisers and running statistics; settings are those of §9."""
-
-    def __init__(self, envs, settings):
-        s, self.settings, self.rng = settings, settings, np.random.default_rng(settings.seed)
-        self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
-        obs_dim, act_dim = gym.spaces.flatdim(self.obs_space), gym.spaces.flatdim(self.action_space)
-        # At first no action is preferred. Without hidden layers, V = 0: no noise to learn from.
-        actor = init_mlp([obs_dim, *s.hidden, act_dim], self.rng, out_gain=0.01)
-        if isinstance(self.action_space, gym.spaces.Box):
-            actor.append(np.full(act_dim, s.log_std_init, np.float32))
-        critic = init_mlp([obs_dim, *s.hidden, 1], self.rng, out_gain=1.0 if s.hidden else 0.0)
-        self.theta, self.phi = np.concatenate(actor, axis=None), np.concatenate(critic, axis=None)
-        self.actor, self.critic = unflatten(self.theta, actor), unflatten(self.phi, critic)
-        self.actor_adam, self.critic_adam = Adam(self.theta), Adam(self.phi)
-        self.return_stats, self.beta = RunningMeanStd(), 1.0
-        self.obs_stats = RunningMeanStd(shape=(obs_dim,), dtype=np.float32)
-        self.obs_std = np.ones(obs_dim, np.float32)
-
-    def normalize(self, obs):
-        """Observations (..., obs_dim) as network input: mean 0, deviation 1, within ±10."""
-        return ((obs - self.obs_stats.mean) / self.obs_std).clip(-10, 10)
-
-    def policy(self, obs):
-        """π_θ(·|s) for observations (N, obs_dim)."""
-        return policy_forward(self.actor, self.normalize(obs))[0]
-
-    def act(self, obs):
-        """The likeliest action as env.step takes it (§9), for one observation or for a batch."""
-        rows, single = flat(self.obs_space, obs)
-        actions = legal(self.action_space, self.policy(rows).mode())
-        return actions[0] if single else actions
-
-
-def fit(agent, adam, loss, data, lr):
-    """K epochs of gradient steps; loss maps a minibatch of the arrays in data to (_, gradients)."""
-    s, num_rows = agent.settings, len(data[0])
-    # Minibatches of at most B rows, equal to within one row.
-    edges = np.linspace(0, num_rows, math.ceil(num_rows / s.minibatch_size) + 1).astype(int)
-    for _ in range(s.epochs):
-        order = agent.rng.permutation(num_rows)
-        shuffled = [array[order] for array in data]
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
-            _, grads = loss(*(array[start:end] for array in shuffled))
-            adam.step(clip_by_global_norm(np.concatenate(grads, axis=None), s.max_grad_norm), lr)
-
-
-def update(agent, inputs, actions, advantages, returns, remaining):
-    """Learn from the transitions of a rollout (B, ...) (Eq. 10, 19); return what it changed.
-    remaining, the fraction of the run still to come, scales lr and the entropy bonus."""
-    s, actor = agent.settings, agent.actor
-    lr, ent_coef = s.lr * remaining, s.ent_coef * remaining
-    # Eq. 6: a mean is a baseline, too. The division lets c, β and max_grad_norm fit any rewards.
-    normalized_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    log_prob_old, _ = policy_forward(actor, inputs)[0].log_prob(actions)  # θ is still θ_k
-    data = [inputs, actions, log_prob_old, normalized_advantages]
+def trpo(theta, shapes, ent_coef, data, delta):
+    """Take a trust_region_step; data are inputs, actions, log_prob_old and advantages."""
 
     def mean_loss(objective, ent_coef, theta):
-        loss, grads = actor_loss(unflatten(theta, actor), objective, ent_coef, *data)
-        return loss.mean(), np.concatenate(grads, axis=None)
+        return actor_loss(unflatten(theta, shapes), objective, ent_coef, *data)
 
-    if s.objective == "trpo":
-        surrogate = partial(mean_loss, importance_sampling, ent_coef)
-        trust_region_step(agent.theta, surrogate, partial(mean_loss, kl_divergence, 0), s.kl_target)
-    else:
-        objectives = {"pg": policy_gradient, "is": importance_sampling}
-        objectives["kl"] = partial(kl_penalty, beta=agent.beta)
-        objectives["clip"] = partial(clip, epsilon=s.clip)
-        loss = partial(actor_loss, actor, objectives[s.objective], ent_coef)
-        fit(agent, agent.actor_adam, loss, data, lr)
-    fit(agent, agent.critic_adam, partial(critic_loss, agent.critic), [inputs, returns], lr)
-
-    policy, _ = policy_forward(actor, inputs)
-    kl, ratio_minus_1 = kl_divergence(policy.log_prob(actions)[0], log_prob_old)
-    agent.beta = adapt_beta(agent.beta, kl.mean(), s.kl_target)  # for the objective "kl"
-    return {
-        "kl": float(kl.mean()),
-        "clipped": float((abs(ratio_minus_1) > s.clip).mean()),
-        "entropy": float(policy.entropy()[0].mean()),
-        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # of var R̂, by V_φ_k
-    }
+    surrogate = partial(mean_loss, importance_sampling, ent_coef)
+    trust_region_step(theta, surrogate, partial(mean_loss, kl_divergence, 0), delta)
 
 
-def learn(agent, envs):
-    """The PPO loop (Eq. 19), for settings.total_steps; yields a record after each iteration."""
-    s, N, steps, episodes = agent.settings, envs.num_envs, 0, 0
-    ended_last, so_far, discounted_so_far = np.zeros(N, bool), np.zeros(N), np.zeros(N)
-    recent = deque(maxlen=100)
-    obs, _ = envs.reset(seed=int(agent.rng.integers(2**31)))
-    while steps < s.total_steps:
-        # Play with θ_k.
-        remaining = 1 - steps / s.total_steps
-        T = min(s.num_steps, math.ceil((s.total_steps - steps) / N))
-        trajectory = rollout(envs, lambda obs: agent.policy(obs).sample(agent.rng), obs, T)
-        observations, actions, rewards, terminated, truncated = trajectory
-        obs, ended, steps = observations[-1], terminated | truncated, steps + T * N
-        # The row after an ending is the reset, no transition: nothing learns from it.
-        valid, ended_last = ~np.vstack([ended_last, ended[:-1]]), ended[-1]
-        # Eq. 2   R(τ) of episodes that ended (running_sums, below); J(θ) ≈ the mean of the last 100
-        totals, so_far = running_sums(rewards, ended, 1, so_far)
-        recent.extend(totals[ended])
-        episodes, J = episodes + int(ended.sum()), float(np.mean(recent)) if recent else math.nan
-        discounted, discounted_so_far = running_sums(rewards, ended, s.gamma, discounted_so_far)
-        if not valid.any():
-            continue  # with T = 1, all rows may be resets
+# §10  Tasks ------------------------------
+# Settings that differ from the defaults: first by the kind of task, then by the task.
 
-        # Judge with φ_k; normalise as in play. Statistics change after it, up to normalize_steps.
-        inputs = agent.normalize(observations)
-        if agent.obs_stats.count < s.normalize_steps:
-            agent.obs_stats.update(observations[:-1][valid])
-            agent.obs_std = np.sqrt(agent.obs_stats.var + 1e-8)
-        # Not in the lectures: rewards divided by the deviation of their discounted sums so far.
-        agent.return_stats.update(discounted[valid])
-        rewards /= np.sqrt(agent.return_stats.var + 1e-8)
-        values = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))[0].reshape(T + 1, N)
-        advantages = gae(rewards, values, terminated, truncated, s.gamma, s.lam)[valid]
-        # Eq. 18   R̂ = Â + V_φ_k(s)
-        returns = advantages + values[:-1][valid]
-
-        changes = update(agent, inputs[:-1][valid], actions[valid], advantages, returns, remaining)
-        yield {"steps": steps, "episodes": episodes, "mean_return": J, **changes}
-
-
-def running_sums(rewards, ended, gamma, so_far):
-    """r_t + γ r_{t-1} + γ² r_{t-2} + ... of the episode, for each t (T, N); and the next so_far.
-    It looks back: the mirror image of the reward-to-go (Eq. 5). With γ = 1 it is R(τ) where an
-    episode ends. rewards and ended are (T, N); so_far (N,) is what the last call returned, or 0."""
-    keep, sums = gamma * ~ended, np.empty(rewards.shape)
-    for t in range(len(rewards)):
-        sums[t] = rewards[t] + so_far
-        so_far = keep[t] * sums[t]
-    return sums, so_far
-
-
-# The rest makes a program of it. A student may stop here.
-
-import argparse
-import contextlib
-import io
-import json
-import sys
-import textwrap
-import time
-from dataclasses import asdict, dataclass, field, fields
-
-from gymnasium.wrappers.vector import TransformAction, TransformObservation
-
-# §9  Settings and environments --------------------------------------------------------------------
+CONTINUOUS = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
+# Without hidden layers W is a table: a row of logits, or a value, for each state.
+TABLE = dict(hidden=(), normalize_steps=0, lr=3e-2, lam=0.8, ent_coef=0.3)
+KINDS = {
+    "discrete actions": dict(),
+    "continuous actions": dict(CONTINUOUS, log_std_init=-0.5),
+    "one continuous action": dict(CONTINUOUS, log_std_init=0.8, epochs=8),
+    "numbered states": dict(TABLE, num_envs=32, num_steps=32, minibatch_size=256),
+}
+SHORT = dict(total_steps=100_000, epochs=10)
+TASKS = {
+    "CartPole": dict(total_steps=100_000),
+    "CliffWalking": dict(SHORT, num_envs=16, minibatch_size=128, lr=0.1),
+    "HalfCheetah": dict(num_envs=32, num_steps=64, lam=0.9, log_std_init=-1.0),
+    "LunarLanderContinuous": dict(total_steps=500_000, epochs=20, gamma=0.999, normalize_steps=1),
+    "Pendulum": dict(SHORT, num_envs=8, minibatch_size=64, lr=1e-3, lam=0.8, normalize_steps=0),
+}
 
 
 class UsageError(ValueError):
-    """Something that the user can put right; the message says how."""
+    """Something that the user can put right."""
 
 
-def setting(default, help, low=None, high=None):
-    """A field of Settings, with the help text of its flag and the range of its numbers."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def kind_of(obs_space, action_space):
+    """Return the kind of task, as in KINDS, that has these spaces."""
+    has_numbered_states = isinstance(obs_space, gym.spaces.Discrete)
+    if isinstance(action_space, gym.spaces.Discrete):
+        return "numbered states" if has_numbered_states else "discrete actions"
+    if has_numbered_states or gym.spaces.flatdim(action_space) > 1:
+        return "continuous actions"
+    return "one continuous action"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Every setting of a run; the command line is made from these fields. Raises UsageError."""
-
-    env: str = setting("CartPole-v1", "Gymnasium environment; module:Env-v0 imports a module first")
-    seed: int = setting(0, "seed of everything random", 0, 2**32 - 1)
-    total_steps: int = setting(500_000, "steps to learn from, in all environments", 1, 10**12)
-    num_envs: int = setting(16, "N, environments side by side", 1, 4096)
-    num_steps: int = setting(128, "T, steps in each environment between updates", 1, 10**6)
-    epochs: int = setting(6, "K, passes over the same data, Eq. 10", 1, 1000)
-    minibatch_size: int = setting(128, "B, transitions in one gradient step, at most", 1, 10**9)
-    lr: float = setting(2e-3, "learning rate at the start; falls to 0", 1e-9, 1)
-    gamma: float = setting(0.995, "γ, discount, Eq. 5", 0, 1)
-    lam: float = setting(0.95, "λ of GAE, Eq. 9", 0, 1)
-    objective: str = setting("clip", "pg, is, trpo, kl or clip: Eq. 4, 12, 14, 15, 16")
-    clip: float = setting(0.2, "ε of clip, Eq. 16", 1e-3, 10)
-    kl_target: float = setting(0.01, "δ of trpo, Eq. 14; where β steers kl, Eq. 15", 1e-6, 10)
-    ent_coef: float = setting(0.0, "c, entropy bonus at the start; falls to 0, Eq. 17", 0, 10)
-    max_grad_norm: float = setting(0.5, "length to which gradients are clipped", 1e-6, 1e6)
-    hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any", 1, 8192)
-    normalize_steps: int = setting(1, "steps to learn observation statistics in; 0 none", 0, 10**12)
-    log_std_init: float = setting(0.0, "log std of real actions at the start", -5, 2)
-    episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            x, kinds = np.asarray(value), "iuf" if f.type is float else "iu"
-            fits = (x.dtype.kind in kinds or not x.size) and x.ndim == (f.type is tuple)
-            if low is not None and not (fits and (low <= x).all() and (x <= high).all()):
-                raise UsageError(f"{f.name}: {f.type.__name__} from {low} to {high}, not {value}")
-        if self.objective not in ("pg", "is", "trpo", "kl", "clip"):
-            raise UsageError(f"objective must be pg, is, trpo, kl or clip, not {self.objective}")
-
-
-# What differs from these defaults by kind of task, and by task: there mostly how long it takes.
-# fmt: off
-REAL = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
-KINDS = {
-    "discrete actions": dict(),
-    "real actions": dict(REAL, log_std_init=-0.5),
-    "one real action": dict(REAL, epochs=8, log_std_init=0.8),
-    # Without hidden layers, W is a table: a row of logits and a value for each state.
-    "one-hot observations": dict(num_envs=32, num_steps=32, minibatch_size=256, lr=3e-2, lam=0.8,
-                                 ent_coef=0.3, hidden=(), normalize_steps=0),
-}
-TASKS = {
-    "CartPole": dict(total_steps=100_000), "MountainCarContinuous": dict(total_steps=100_000),
-    "Acrobot": dict(total_steps=200_000), "FrozenLake": dict(total_steps=200_000),
-    "CliffWalkingSlippery": dict(total_steps=200_000), "FrozenLake8x8": dict(total_steps=300_000),
-    "LunarLander": dict(total_steps=1_000_000),
-    "CliffWalking": dict(total_steps=100_000, num_envs=16, epochs=10, minibatch_size=128, lr=0.1),
-    "HalfCheetah": dict(num_envs=32, num_steps=64, lam=0.9, log_std_init=-1.0),
-    "LunarLanderContinuous": dict(total_steps=500_000, epochs=20, gamma=0.999, normalize_steps=1),
-    "Pendulum": dict(total_steps=100_000, num_envs=8, epochs=10, minibatch_size=64, lr=1e-3,
-                     lam=0.8, normalize_steps=0, log_std_init=1.0),
-}
-# fmt: on
-
-
-def kind_of(envs):
-    """The kind of task, as in KINDS, that the spaces of a vector environment show."""
-    obs, action = gym.spaces.flatten_space(envs.single_observation_space), envs.single_action_space
-    if obs.dtype.kind in "iub" and obs.high.max() == 1:
-        return "one-hot observations"
-    if isinstance(action, gym.spaces.Discrete):
-        return "discrete actions"
-    return "one real action" if gym.spaces.flatdim(action) == 1 else "real actions"
+def check(settings):
+    """Raise UsageError if a setting is out of range."""
+    if not isinstance(settings.hidden, tuple | list):
+        raise UsageError(f"hidden must be a list like [64, 64], not {settings.hidden!r}")
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.type is str or value is f.default:
+            continue
+        kind = numbers.Real if f.type is float else numbers.Integral
+        low = f.metadata["low"]
+        high = f.metadata["high"]
+        for number in value if f.type is tuple else [value]:
+            if not (isinstance(number, kind) and low <= number <= high):
+                span = f"{kind.__name__.lower()} and from {low} to {high}"
+                raise UsageError(f"{f.name} must be {span}, not {number!r}")
+    if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
+        raise UsageError("objective must be pg, is, trpo, kl or clip")
+    if settings.num_envs * settings.num_steps == 1:
+        raise UsageError("a rollout must have 2 or more steps: raise num_envs or num_steps")
 
 
 def new_agent(env=Settings.env, **chosen):
-    """An untrained agent; settings not chosen are those of its kind of task and of the task."""
+    """Return an untrained agent. Settings not chosen are those of the task or its kind.
+
+    Raises UsageError if there is no such environment or setting.
+    """
+    if not isinstance(env, str):
+        raise UsageError(f"env must be a name such as CartPole-v1, not {env!r}")
     name = env.split(":")[-1].rsplit("-v", 1)[0]
-    with contextlib.closing(make_envs(env, 1)) as envs:
-        return Agent(envs, Settings(env, **KINDS[kind_of(envs)] | TASKS.get(name, {}) | chosen))
+    with closing(make_envs(env, 1)) as envs:
+        kind = kind_of(envs.unwrapped.single_observation_space, envs.single_action_space)
+        try:
+            settings = Settings(env, **KINDS[kind] | TASKS.get(name, {}) | chosen)
+        except TypeError as error:
+            hint = "gym.register takes arguments of environments"
+            raise UsageError(f"{error}; {hint}") from error
+        check(settings)
+        return Agent(envs, settings)
 
 
-def make_envs(env_id, num_envs, **kwargs):
-    """N environments side by side, with observations (N, obs_dim) and actions as a policy samples
-    them. What a task receives is legal, but learning keeps the sampled action with its own log π.
-    Raises UsageError where that cannot work."""
+class WithoutInfo(gym.Wrapper):
+    """Drops info, which nobody reads here, because Gymnasium cannot stack all of them."""
+
+    def reset(self, **kwargs):
+        obs, _ = self.env.reset(**kwargs)
+        return obs, {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return obs, reward, terminated, truncated, {}
+
+
+def make_envs(env_id, num_envs, render=False):
+    """Return N environments with observations (N, obs_dim) that take a policy's actions.
+
+    Raises UsageError if there is no such environment, or if its spaces cannot be used.
+    """
+    window = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
     try:
-        envs = gym.make_vec(env_id, num_envs=num_envs, **kwargs)
-        obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        fixed = obs_space.is_np_flattenable and not isinstance(obs_space, gym.spaces.OneOf)
-    except Exception as error:  # an environment may do anything
-        raise UsageError(f"cannot use {env_id}: {type(error).__name__}: {error}") from error
-    playable = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
+        envs = gym.make_vec(env_id, num_envs=num_envs, **window)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        hint = "for one of your own, write module:Name-v0"
+        raise UsageError(f"cannot make {env_id}: {error} ({hint})") from error
+    obs_space = envs.single_observation_space
+    action_space = envs.single_action_space
     mode = envs.metadata.get("autoreset_mode")
-    if not (playable and fixed and getattr(mode, "value", mode) in (None, "NextStep")):
-        needs = "Discrete or Box actions, NextStep auto-reset and observations of a fixed size"
-        raise UsageError(f"needed are {needs}; {env_id} has {action_space}, {mode}, {obs_space}")
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        envs = TransformObservation(envs, lambda obs: flat(obs_space, obs)[0])
-    if isinstance(action_space, gym.spaces.Box) or action_space.start:
-        envs = TransformAction(envs, partial(legal, action_space))
-    return envs
+    is_playable = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
+    resets_next_step = mode is None or mode.name == "NEXT_STEP"
+    if not (is_playable and resets_next_step and obs_space.is_np_flattenable):
+        needs = "Discrete or Box actions, NEXT_STEP resets, observations of a fixed size"
+        has = f"{action_space}, {mode}, {obs_space}"
+        raise UsageError(f"{env_id} has {has}; needed are {needs}")
+    if isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
+        envs.unwrapped.envs = [WithoutInfo(env) for env in envs.unwrapped.envs]
+    if isinstance(obs_space, gym.spaces.Discrete):
+        one_hot = np.eye(obs_space.n, dtype=np.float32)
+        envs = TransformObservation(envs, lambda obs: one_hot[obs - obs_space.start])
+    elif not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+        envs = FlattenObservation(envs)
+    return TransformAction(envs, partial(legal_actions, action_space))
 
 
-def flat(space, obs):
-    """Observations as float32 rows (N, obs_dim), and whether obs was a single one, no batch."""
-    leaf, value = space, obs
-    while hasattr(leaf, "spaces"):  # a Dict or a Tuple: its first part tells
-        key = next(iter(leaf)) if isinstance(leaf, gym.spaces.Dict) else 0
-        leaf, value = leaf[key], value[key]
-    single = np.ndim(value) == len(leaf.shape or ())
-    batch = [obs] if single else gym.vector.utils.iterate(gym.vector.utils.batch_space(space), obs)
-    return np.stack([gym.spaces.flatten(space, x) for x in batch]).astype(np.float32), single
+def legal_actions(space, actions):
+    """Return a policy's actions (N,) or (N, d) in the form that env.step accepts.
 
-
-def legal(space, actions):
-    """A policy's actions (N,) or (N, d) as env.step takes them: counted from start, or in the
-    shape, bounds and dtype of the box, whole numbers rounded."""
+    In a Box, -1 ... 1 is mapped onto low ... high where these are finite; all are clipped.
+    """
     if isinstance(space, gym.spaces.Discrete):
-        return actions + space.start
-    actions = np.rint(actions) if space.dtype.kind in "iu" else actions
-    return actions.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
+        return (space.start + actions).astype(space.dtype)
+    width = space.high.astype(float) - space.low
+    is_bounded = width < np.finfo(np.float32).max  # this number often stands for infinity
+    low = np.where(is_bounded, space.low, -1.0)
+    high = np.where(is_bounded, space.high, 1.0)
+    actions = (high + low) / 2 + (high - low) / 2 * actions.reshape(-1, *space.shape)
+    if not np.issubdtype(space.dtype, np.floating):
+        actions = np.rint(actions)
+    return actions.clip(space.low, space.high).astype(space.dtype)
+
+
+# §11  The program ------------------------------
 
 
 def train(env=Settings.env, verbose=False, **chosen):
-    """Train from Python, with the names of Settings; verbose prints what the command line prints.
-    Returns the agent, whose act(obs) is greedy, and a list of one record for each iteration."""
+    """Train from Python, with settings by name. verbose prints what the command line prints.
+
+    Returns the agent, and a list with the record of each iteration.
+    """
     agent = new_agent(env, **chosen)
     return agent, list(run(agent, verbose))
 
 
-# §10  The program ---------------------------------------------------------------------------------
+def run(agent, verbose=True, save_path=None):
+    """Learn, and yield each record. About twenty times, print it and save the policy."""
+    settings = agent.settings
+    envs = make_envs(settings.env, settings.num_envs)
+    if verbose:
+        print(settings)
+        if sys.stdout.isatty():
+            envs = LiveLine(envs, settings.total_steps)
+    next_row = 0
+    with closing(envs):
+        try:
+            for record in learn(agent, envs):
+                if record["steps"] >= min(next_row, settings.total_steps):
+                    if verbose and next_row == 0:
+                        print_row(record)
+                    if verbose:
+                        print_row(short(number) for number in record.values())
+                    if save_path:
+                        save(save_path, agent)
+                    next_row = record["steps"] + settings.total_steps / 20
+                yield record
+        except KeyboardInterrupt:
+            if save_path:
+                save(save_path, agent)
+            raise
 
 
-def evaluate(agent, episodes=None, render=False):
-    """The returns of settings.episodes greedy episodes, or so many, on seeds not trained on.
-    Each environment plays one episode a round: counting whichever finish first would favour short
-    episodes. A task without a time limit gets one of 1,000 steps."""
-    s, episodes, returns = agent.settings, episodes or agent.settings.episodes, []
-    num_envs = 1 if render else min(episodes, 10)
-    kwargs = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
-    with contextlib.closing(make_envs(s.env, num_envs, **kwargs)) as envs:
-        seed = int(np.random.SeedSequence([s.seed, 1]).generate_state(1)[0])
-        while len(returns) < episodes:
-            obs, _ = envs.reset(seed=None if returns else seed)
-            total, playing, steps = np.zeros(num_envs), np.ones(num_envs, bool), 0
-            while playing.any() and steps < (envs.spec.max_episode_steps or 1000):
-                actions = agent.policy(np.float32(obs)).mode()
-                obs, rewards, terminated, truncated, _ = envs.step(actions)
-                total, steps = total + rewards * playing, steps + 1
-                playing &= ~(terminated | truncated)
-            returns.extend(total)
-    return np.array(returns[:episodes])
+class LiveLine(gym.vector.VectorWrapper):
+    """Shows on a terminal how far a run has come, from its first second on."""
+
+    def __init__(self, envs, total_steps):
+        super().__init__(envs)
+        self.total_steps = total_steps
+        self.steps = 0
+        self.start = time.monotonic()
+        self.shown = 0
+
+    def step(self, actions):
+        self.steps += self.num_envs
+        seconds = time.monotonic() - self.start
+        if seconds > self.shown + 0.2:
+            self.shown = seconds
+            speed = self.steps / seconds
+            left = (self.total_steps - self.steps) / speed
+            line = f"{self.steps:,} steps, {speed:,.0f} steps/s, {left:,.0f} s left"
+            print(f"{line:<60}", end="\r", flush=True)
+        return self.env.step(actions)
 
 
-def state(agent):
-    """What playing and a warm start need besides the settings, as arrays by name."""
-    parts = {"actor": dict(enumerate(agent.actor)), "critic": dict(enumerate(agent.critic))}
-    parts |= {"obs": vars(agent.obs_stats), "return": vars(agent.return_stats)}
-    return {f"{part}_{k}": np.asarray(x) for part, xs in parts.items() for k, x in xs.items()}
+def short(number):
+    """Return a number as text, with four significant digits."""
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
-def save(path, agent):
-    """Write a policy file, whole or not at all, whatever happens meanwhile. Raises UsageError."""
-    buffer = io.BytesIO()
-    settings = json.dumps(asdict(agent.settings), default=lambda x: x.tolist())
-    np.savez(buffer, settings=settings, **state(agent))
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(0, "it is not a file")
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(buffer.getvalue())
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")  # a full disk needs the room
-        raise UsageError(f"cannot save {path}: {error.strerror}") from error
-
-
-def load(path, **chosen):
-    """The agent in a policy file; chosen settings win over the file's. Raises UsageError for any
-    other file, and never runs what is in one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        # The sizes of its arrays, not those that it claims, are what is made room for.
-        hidden = tuple(x.size for name, x in arrays.items() if name.startswith("critic"))[1:-2:2]
-        settings = json.loads(str(arrays["settings"])) | {"hidden": hidden} | chosen
-        if ":" in settings["env"] and "env" not in chosen:
-            raise ValueError(f"it asks for a module; allow that by --env {settings['env']}")
-        agent = new_agent(**settings)
-        for name, own in state(agent).items():
-            np.stack([arrays[name]], out=own[None], casting="same_kind")  # copyto would broadcast
-            if not np.isfinite(np.sqrt(own) if name.endswith(("var", "count")) else own).all():
-                raise ValueError(f"{name} is out of range")
-        agent.obs_stats.count = float(arrays["obs_count"])
-        agent.return_stats.count = float(arrays["return_count"])
-        agent.obs_std = np.sqrt(agent.obs_stats.var + 1e-8)
-        return agent
-    except Exception as error:
-        raise UsageError(f"cannot use {path} as a policy: {error!r}") from error
+def print_row(texts):
+    """Print a row of the table."""
+    print("".join(f"{text:>12}" for text in texts), flush=True)
 
 
 def print_curve(history, width=72, height=8):
-    """Draw the mean return over steps with text; the numbers are the tops of the rows."""
-    points = [(record["steps"], record["mean_return"]) for record in history if record["episodes"]]
-    if not points:
-        return print(f"{'no episode has ended yet':<60}")
-    steps, returns = np.array(points).T
-    returns = np.interp(np.linspace(steps[0], steps[-1], width), steps, returns)
-    low, span = returns.min(), np.ptp(returns) or 1
-    eighths = 1 + np.round((returns - low) / span * (8 * height - 1)).astype(int)
-    for row in reversed(range(height)):
-        bars = "".join(" ▁▂▃▄▅▆▇█"[k] for k in np.clip(eighths - 8 * row, 0, 8))
-        print(f"{low + span * (row + 1) / height:12,.1f} |{bars}")
-    print(f"mean return over {steps[0]:,.0f} to {steps[-1]:,.0f} steps")
+    """Draw the mean return over the steps."""
+    history = [record for record in history if record["episodes"] > 0]
+    if not history:
+        print("no episode has ended yet")
+        return
+    steps = [record["steps"] for record in history]
+    returns = [record["mean_return"] for record in history]
+    columns = np.interp(np.linspace(steps[0], steps[-1], width), steps, returns)
+    for level in np.linspace(columns.max(), columns.min(), height):
+        bars = "".join("#" if column >= level else " " for column in columns)
+        print(f"{short(level):>12} |{bars}")
+    print(f"mean return over {steps[0]:,} to {steps[-1]:,} steps")
 
 
-def run(agent, verbose=True, save_path=None):
-    """Learn, and yield each record. Now and then, print it and save the policy."""
-    s, start, next_row = agent.settings, time.monotonic(), 0
-    with contextlib.closing(make_envs(s.env, s.num_envs)) as envs:
-        if verbose:
-            print(textwrap.fill(f"{kind_of(envs)}: {s}", 100, subsequent_indent="    "))
-        for record in learn(agent, envs):
-            steps, seconds = record["steps"], time.monotonic() - start
-            if steps >= min(next_row, s.total_steps):
-                if save_path:
-                    save(save_path, agent)
-                texts = [f"{x:,}" if isinstance(x, int) else f"{x:,.4g}" for x in record.values()]
-                if record["explained"] < 0:  # as where all returns are alike: nothing to explain
-                    texts[-1] = "-"
-                for line in ([texts] if next_row else [record, texts]) * verbose:
-                    print("".join(f"{text:>12}" for text in line), flush=True)
-                next_row = steps + s.total_steps // 20
-            if verbose and getattr(sys.stdout, "isatty", bool)():
-                done, left = steps / s.total_steps, seconds * (s.total_steps / steps - 1)
-                line = f"{done:6.0%}, {steps / seconds:,.0f} steps/s, {left:,.0f} s left"
-                print(f"{line:<60}", end="\r", flush=True)
-            yield record
+def evaluate(agent, episodes=None, render=False, verbose=False, max_steps=100_000):
+    """Play greedy episodes on seeds of their own; return their returns (episodes,).
+
+    In each round every environment plays one episode: if the first to finish counted, short
+    ones would prevail. An endless one is cut off at max_steps. verbose prints a summary.
+    """
+    settings = agent.settings
+    if episodes is None:
+        episodes = settings.eval_episodes
+    num_envs = 1 if render else min(episodes, settings.num_envs, 10)
+    rng = np.random.default_rng([settings.seed, 1])
+    returns = []
+    num_cut_off = 0
+    with closing(make_envs(settings.env, num_envs, render)) as envs:
+        while len(returns) < episodes:
+            obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
+            totals = np.zeros(num_envs)
+            is_playing = np.ones(num_envs, bool)
+            steps = 0
+            while is_playing.any() and steps < max_steps:
+                actions = agent.policy(obs).mode()
+                obs, rewards, terminated, truncated, _ = envs.step(actions)
+                totals += rewards * is_playing
+                is_playing &= ~(terminated | truncated)
+                steps += 1
+            returns.extend(totals)
+            num_cut_off += is_playing.sum()
+    returns = np.array(returns[:episodes])
+    if verbose:
+        summary = [returns.mean(), returns.std(), returns.min(), returns.max()]
+        mean, std, low, high = [short(number) for number in summary]
+        line = f"mean {mean}, std {std}, min {low}, max {high}"
+        if num_cut_off > 0:
+            line += f" ({num_cut_off} cut off after {max_steps:,} steps)"
+        print(f"greedy evaluation over {episodes} episodes: {line}")
+    return returns
 
 
-def parse(argv):
-    """The options of the program, and the settings chosen among them."""
+def arrays_of(agent):
+    """Return what playing and a warm start need besides the settings: arrays by name."""
+    seen = agent.obs_stats
+    earned = agent.return_stats
+    return {
+        "theta": agent.theta,
+        "phi": agent.phi,
+        "obs_mean": agent.obs_mean,
+        "obs_std": agent.obs_std,
+        "obs_stats": flatten([seen.mean, seen.var, seen.count]),
+        "return_stats": flatten([earned.mean, earned.var, earned.count]),
+    }
+
+
+def save(path, agent):
+    """Write a policy file, whole or not at all. Raises UsageError if that fails."""
+    settings = json.dumps(asdict(agent.settings), default=lambda number: number.tolist())
+    temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, settings=settings, **arrays_of(agent))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"cannot save {path}: {error.strerror}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load(path, **chosen):
+    """Return the agent in a policy file. Chosen settings win over those of the file.
+
+    Raises UsageError if it is not a policy file, or one of another task.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        settings = json.loads(str(arrays.pop("settings")))
+    except Exception as error:  # there are many ways in which a file can be broken
+        raise UsageError(f"cannot use {path} as a policy: {error}") from error
+    agent = new_agent(**settings | chosen)
+    shapes = {name: array.shape for name, array in arrays_of(agent).items()}
+    if shapes != {name: array.shape for name, array in arrays.items()}:
+        raise UsageError(f"{path} does not fit {agent.settings.env}: it has other sizes")
+    agent.theta[:] = arrays["theta"]
+    agent.phi[:] = arrays["phi"]
+    agent.obs_mean = arrays["obs_mean"]
+    agent.obs_std = arrays["obs_std"]
+    for name, stats in ("obs_stats", agent.obs_stats), ("return_stats", agent.return_stats):
+        shape = stats.mean.shape
+        stats.mean, stats.var, stats.count = unflatten(arrays[name], [shape, shape, ()])
+    return agent
+
+
+def parse_arguments(argv):
+    """Return the options of the command line, and the settings chosen among them."""
     parser = argparse.ArgumentParser(
-        usage="python ppo.py [--env NAME] [options]",
-        epilog="Defaults are in parentheses; a run prints what it uses, which depends on its task.",
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=24, width=100),
+        epilog="The defaults depend on the task. A run prints what it uses.",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=100),
         allow_abbrev=False,
     )
-    parser.error = lambda text: parser.exit(2, f"ppo.py: {textwrap.shorten(text, 400)}\n")
-    group = parser.add_argument_group("files and windows")
-    group.add_argument("--save", metavar="FILE", help="keep the policy in this file")
-    group.add_argument("--load", metavar="FILE", help="start from the policy in this file")
-    group.add_argument("--play", metavar="FILE", help="evaluate the policy in this file, no more")
-    group.add_argument("--log", metavar="FILE", help="write a CSV row for each iteration")
-    group.add_argument("--render", action="store_true", help="show five episodes in a window")
-    group = parser.add_argument_group("settings")
+    parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
+    files = {
+        "--save": "keep the policy in this file",
+        "--load": "start from the policy in this file",
+        "--play": "only evaluate the policy in this file",
+        "--log": "write a CSV row for each iteration",
+    }
+    for flag, text in files.items():
+        parser.add_argument(flag, metavar="FILE", help=text)
+    parser.add_argument("--render", action="store_true", help="show episodes in a window")
     for f in fields(Settings):
-        kind = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
-        text = f"{f.metadata['help']} ({str(f.default).strip('()').replace(',', '')})"
         flag = "--" + f.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, metavar="", help=text, **kind)
-    args = parser.parse_args(argv)
-    if "" in (args.save, args.load, args.play, args.log):
-        parser.error("a file needs a name")
-    return args, {name: x for name, x in vars(args).items() if hasattr(Settings, name)}
+        kind = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
+        text = f"{f.metadata['help']}; default {f.default}"
+        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **kind)
+    options = parser.parse_args(argv)
+    if options.play and (options.load or options.save or options.log):
+        parser.error("--play only evaluates: leave out --load, --save and --log")
+    chosen = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
+    return options, chosen
 
 
-def program(args, chosen):
-    """Train or play as the options say."""
-    path, history = args.play or args.load, []
+def program(options, chosen):
+    """Train or play, as the options say. What may fail at the end is tried at the start."""
+    path = options.play or options.load
     agent = load(path, **chosen) if path else new_agent(**chosen)
-    if not args.play:
+    if options.render:
+        with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
+            envs.reset(seed=0)
+    if not options.play:
+        learn_and_log(agent, options.save, options.log)
+    if not (options.play and options.render):
+        evaluate(agent, verbose=True)
+    if options.render:
+        evaluate(agent, chosen.get("eval_episodes", 5), render=True, verbose=True)
+
+
+def learn_and_log(agent, save_path, log_path):
+    """Train the agent, write the log, and draw the curve."""
+    folder = os.path.dirname(os.path.abspath(save_path or "."))
+    if save_path and not os.access(folder, os.W_OK):
+        raise UsageError(
+            f"cannot save {save_path}: {folder} is not a folder that can be written to"
+        )
+    try:
+        log = open(log_path or os.devnull, "w", newline="")
+    except OSError as error:
+        raise UsageError(f"cannot write {log_path}: {error.strerror}") from error
+    history = []
+    with log:
+        writer = csv.writer(log)
         try:
-            with open(args.log or os.devnull, "w") as log:
-                for record in run(agent, True, args.save):
-                    for line in [record.values()] if history else [record, record.values()]:
-                        print(*line, sep=",", file=log, flush=True)
-                    history.append(record)
+            for record in run(agent, True, save_path):
+                if not history:
+                    writer.writerow(record)
+                writer.writerow(record.values())
+                log.flush()
+                history.append(record)
         finally:
-            if args.save and history:
-                save(args.save, agent)
             print_curve(history)
-    if not (args.play and args.render):
-        report(evaluate(agent))
-    if args.render:
-        try:
-            report(evaluate(agent, chosen.get("episodes", 5), render=True))
-        except Exception as error:  # no display, no pygame, no such window
-            raise UsageError(f"cannot show {agent.settings.env}: {error}") from error
-
-
-def report(returns):
-    """Print what a greedy evaluation gave."""
-    mean, std, low, high = returns.mean(), returns.std(), returns.min(), returns.max()
-    numbers = f"mean {mean:.2f} ± {std:.2f}, min {low:.2f}, max {high:.2f}"
-    print(f"greedy evaluation over {len(returns)} episodes: {numbers}")
 
 
 def main(argv=None):
-    """Run the command line; return the exit status, unless argparse exits."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
-    sys.stdout.reconfigure(errors="replace")  # for terminals without block characters
+    """Run the command line. Return 0, 2 for a mistake of the user, or 130 after Ctrl-C."""
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
     try:
-        with np.errstate(all="ignore"):  # what is not finite is looked for where it matters
-            program(*parse(argv))
-            sys.stdout.flush()
-            return 0
+        with np.errstate(all="ignore"):  # learn looks for numbers that are not finite
+            program(*parse_arguments(argv))
+        return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Nobody reads on (| head). Python flushes at exit: that must find a place, too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (UsageError, FloatingPointError, OSError, MemoryError) as error:
-        print("ppo.py:", textwrap.shorten(str(error), 400), file=sys.stderr)
+    except (UsageError, gym.error.Error, FloatingPointError, MemoryError) as error:
+        print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 

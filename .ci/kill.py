@@ -1,4 +1,4 @@
-"""Kill runs that save again and again, 100 times at random moments.
+"""Kill runs that save again and again, 40 times at random moments.
 
 Whatever policy file exists after each kill must load and play.
 """
@@ -20,7 +20,8 @@ import ppo
 LOOP = """
 import sys, ppo
 while True:
-    ppo.main(["--num-envs=4", "--num-steps=8", "--total-steps=640", "--save", sys.argv[1]])
+    argv = ["--num-envs=4", "--num-steps=8", "--total-steps=640", "--eval-episodes=1"]
+    ppo.main([*argv, "--save", sys.argv[1]])
 """
 
 
@@ -42,8 +43,8 @@ def kill_once(moment: float) -> bool:
 
 if __name__ == "__main__":
     rng = random.Random(0)
-    moments = [rng.uniform(0.2, 1.5) for _ in range(100)]
+    moments = [rng.uniform(0.2, 1.5) for _ in range(40)]
     with ThreadPoolExecutor(2) as pool:
         saved = sum(pool.map(kill_once, moments))
-    print(f"100 kills: {saved} files; all load and play")
-    assert saved >= 30, "too few runs lived long enough to save: the machine is too slow"
+    print(f"40 kills: {saved} files; all load and play")
+    assert saved >= 10, "too few runs lived long enough to save: the machine is too slow"
