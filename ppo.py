@@ -8,8 +8,8 @@
     python ppo.py --env CartPole-v1
 
 Every gradient is written by hand. Read from top to bottom, with the lectures beside it.
-A comment such as `Eq. 9` gives the formula that the code below it computes. README.md
-lists all nineteen, test_ppo.py checks them.
+`Eq. 9` in a comment is the formula that the code below it computes. README.md lists all
+nineteen; test_ppo.py checks them.
 
 The algorithm (Eq. 19)                                                where
     create the actor θ and the critic φ                               §1, §2
@@ -20,8 +20,7 @@ The algorithm (Eq. 19)                                                where
             move θ against the gradient of the actor's loss           §5, §6, §7
             move φ against the gradient of the critic's loss          §6, §7
 
-While θ moves, the data are still those of the θ that played. The lectures call it θ_k;
-names of what belongs to it end in _old.
+While θ moves, the data stay those of the θ that played: θ_k in the lectures, _old in names.
 
 Names
     N, T, K, B     num_envs, num_steps, epochs, minibatch_size; (B,) is any number of rows
@@ -33,7 +32,7 @@ Names
 
 import os
 
-# Small networks run fastest on one thread. numpy reads this on import; your value wins.
+# Small networks run fastest on one thread. numpy reads this on import; yours wins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -53,7 +52,7 @@ import numpy as np
 from gymnasium.wrappers.utils import RunningMeanStd
 from gymnasium.wrappers.vector import FlattenObservation, TransformAction, TransformObservation
 
-# §1  Networks ------------------------------
+# §1  Networks ----------
 # Actor and critic are networks of layers x W + b, with tanh between them. A network is a
 # list of arrays [W1, b1, W2, b2, ...]. An optimiser sees the same as one long vector.
 
@@ -77,8 +76,8 @@ def unflatten(vector, shapes):
 def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
     """Return new parameters for layers of these sizes, e.g. [4, 64, 64, 2].
 
-    Each W (fan_in, fan_out) is a random orthogonal matrix, which keeps signals alive
-    (Saxe et al. 2014), times √2 in hidden layers and out_gain in the last. Each b is 0.
+    Each W (fan_in, fan_out) is a random orthogonal matrix, which keeps the size of
+    signals (Saxe et al. 2014), times √2 in hidden layers and out_gain in the last. Each b is 0.
     """
     params = []
     num_layers = len(sizes) - 1
@@ -88,7 +87,7 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
         gain = out_gain if layer == num_layers - 1 else math.sqrt(2)
         noise = rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out)))
         q, r = np.linalg.qr(noise)
-        q *= np.sign(np.diag(r))  # now all matrices are equally likely
+        q *= np.sign(np.diag(r))  # so that all matrices are equally likely
         W = q if fan_in >= fan_out else q.T
         params.append((gain * W).astype(dtype, order="C"))
         params.append(np.zeros(fan_out, dtype))
@@ -130,7 +129,7 @@ def mlp_backward(params, cache, d_outputs):
     return grads
 
 
-# §2  Policies ------------------------------
+# §2  Policies ----------
 # A policy is a distribution over actions for each state of a batch. log_prob and entropy
 # return a number for each state (B,), and its gradients: one array for each parameter of
 # the policy (the logits, or mean and log_std), with a row for each state.
@@ -164,10 +163,10 @@ class Categorical:
             raise ValueError(f"actions must be {self.logits.shape[:1]}, not {actions.shape}")
         log_probs = log_softmax(self.logits)
         rows = np.arange(len(actions))
-        # ∇log π of Eq. 3   ∂ log π(a) / ∂ logits = onehot(a) - π
-        d_logits = -np.exp(log_probs)
-        d_logits[rows, actions] += 1
-        return log_probs[rows, actions], [d_logits]
+        # ∇log π of Eq. 4   ∂ log π(a) / ∂ logits = onehot(a) - π
+        grad_logits = -np.exp(log_probs)
+        grad_logits[rows, actions] += 1
+        return log_probs[rows, actions], [grad_logits]
 
     def entropy(self):
         """Return H(π) (B,), and its gradients [(B, n)]."""
@@ -175,8 +174,8 @@ class Categorical:
         probs = np.exp(log_probs)
         # Eq. 17   H = -Σ π log π;   ∂H / ∂ logits = -π (log π + H)
         entropy = -(probs * log_probs).sum(axis=-1)
-        d_logits = -probs * (log_probs + entropy[:, None])
-        return entropy, [d_logits]
+        grad_logits = -probs * (log_probs + entropy[:, None])
+        return entropy, [grad_logits]
 
 
 class Gaussian:
@@ -201,20 +200,20 @@ class Gaussian:
         if actions.shape != self.mean.shape:
             raise ValueError(f"actions must be {self.mean.shape}, not {actions.shape}")
         z = (actions - self.mean) / self.std
-        # ∇log π of Eq. 3   log π = -Σ (½z² + log std + ½ log 2π);
+        # ∇log π of Eq. 4   log π = -Σ (½z² + log std + ½ log 2π);
         #                   ∂ log π / ∂mean = z / std,   ∂ log π / ∂log_std = z² - 1
         log_prob = -(0.5 * z * z + self.log_std + 0.5 * math.log(2 * math.pi)).sum(axis=-1)
-        d_mean = z / self.std
-        d_log_std = z * z - 1
-        return log_prob, [d_mean, d_log_std]
+        grad_mean = z / self.std
+        grad_log_std = z * z - 1
+        return log_prob, [grad_mean, grad_log_std]
 
     def entropy(self):
         """Return H(π) (B,), and its gradients [(B, d), (B, d)]."""
         # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H / ∂log_std = 1
         entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        d_mean = np.zeros_like(self.mean)
-        d_log_std = np.ones_like(self.mean)
-        return np.full(len(self.mean), entropy), [d_mean, d_log_std]
+        grad_mean = np.zeros_like(self.mean)
+        grad_log_std = np.ones_like(self.mean)
+        return np.full(len(self.mean), entropy), [grad_mean, grad_log_std]
 
 
 def policy_forward(actor, inputs):
@@ -228,8 +227,7 @@ def policy_forward(actor, inputs):
     return policy, cache
 
 
-# §3  Trajectory ------------------------------
-# First play, then judge. V(s) and log π follow in §8, for the whole rollout at once.
+# §3  Trajectory ----------
 
 
 def rollout(envs, act, obs, num_steps, dtype=np.float32):
@@ -241,7 +239,7 @@ def rollout(envs, act, obs, num_steps, dtype=np.float32):
     finite.
 
     An episode is terminated at a true end, and truncated where a time limit stops it. The
-    next step only resets (NEXT_STEP). Its action is ignored: do not learn from its row.
+    step after either only resets (Gymnasium's NEXT_STEP): do not learn from its row.
 
         t   observations[t]   actions[t]   rewards[t]   terminated[t]
         7   s_7               a_7          r_7          True            the episode ends
@@ -263,7 +261,7 @@ def rollout(envs, act, obs, num_steps, dtype=np.float32):
     return observations, np.stack(actions), rewards, terminated, truncated
 
 
-# §4  Advantage ------------------------------
+# §4  Advantage ----------
 # How much better was the action than the critic expected in that state?
 
 
@@ -271,7 +269,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     """Generalized Advantage Estimation (Schulman et al. 2016): return Â (T, N).
 
     rewards, terminated and truncated (booleans or 0/1) are (T, N), values (T+1, N). Rows of
-    resets get meaningless numbers: do not use them. Raises ValueError for other shapes.
+    resets get meaningless numbers. Raises ValueError for other shapes.
     """
     T, N = rewards.shape
     if not (values.shape == (T + 1, N) and terminated.shape == truncated.shape == (T, N)):
@@ -284,17 +282,17 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     advantages = np.zeros_like(deltas)
     next_advantage = np.zeros_like(deltas[0])
     for t in reversed(range(T)):
-        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   with λ = 1 it is R_t - V(s_t), R_t of Eq. 5
         # After either ending the next row belongs to another episode.
         next_advantage = np.where(ended[t], 0, next_advantage)
+        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   λ = 1: R_t - V(s_t), with the reward-to-go R_t of Eq. 5
         advantages[t] = deltas[t] + gamma * lam * next_advantage
         next_advantage = advantages[t]
     return advantages
 
 
-# §5  Objectives ------------------------------
+# §5  Objectives ----------
 # The objectives of the lectures, in their order. Each returns two arrays (B,): a loss, whose
-# mean is to be minimised, and its slope ∂loss/∂log π. TRPO (Eq. 14) uses Eq. 12 and 13.
+# mean is to be minimised, and its slope ∂loss/∂log π. For TRPO (Eq. 14) see §9.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
@@ -308,11 +306,11 @@ def policy_gradient(log_prob, log_prob_old, advantages):
 def importance_sampling(log_prob, log_prob_old, advantages):
     """The surrogate (Eq. 12): data of π_θ_k, reweighted by importance sampling (Eq. 11).
 
-    The ratio corrects the actions. The states are still those of π_θ_k, and so is Â: the
-    surrogate is right only near θ_k. This, and the variance of Eq. 11, is why everything
-    after it keeps θ close.
+    The ratio corrects the actions. The states and Â are still those of π_θ_k, so that this
+    is right only near θ_k. For this, and for the variance of Eq. 11, all that follows keeps
+    θ close.
     """
-    # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ/∂log π = ρ
+    # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ/∂log π = ρ, so slope = loss
     ratio = np.exp(log_prob - log_prob_old)
     loss = -ratio * advantages
     slope = -ratio * advantages
@@ -362,11 +360,11 @@ def clip(log_prob, log_prob_old, advantages, epsilon):
     #     Â > 0    -ρÂ: wrong way, come back    -ρÂ        0: encouraged enough
     #     Â < 0    0: discouraged enough        -ρÂ        -ρÂ: wrong way, come back
     loss = -np.minimum(surrogate, clipped)
-    slope = np.where(surrogate <= clipped, -surrogate, 0)
+    slope = np.where(surrogate <= clipped, -surrogate, 0)  # where the minimum is ρ Â
     return loss, slope
 
 
-# §6  Losses ------------------------------
+# §6  Losses ----------
 # The chain rule makes the gradient: slope (§5) times ∇log π (§2), back through §1.
 
 
@@ -377,18 +375,18 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
     inputs are (B, obs_dim), actions (B,) or (B, d). Raises ValueError for other shapes.
     """
     policy, cache = policy_forward(actor, inputs)
-    log_prob, d_log_prob = policy.log_prob(actions)
+    log_prob, log_prob_grads = policy.log_prob(actions)
     loss, slope = objective(log_prob, log_prob_old, advantages)
     if slope.shape != log_prob.shape:
         raise ValueError(f"log_prob_old and advantages must be {log_prob.shape}")
     # ∂loss/∂logits = ∂loss/∂log π · ∂log π/∂logits; likewise for mean and log_std
-    d_policy = [slope[:, None] * d for d in d_log_prob]
+    d_policy = [slope[:, None] * grad for grad in log_prob_grads]
     if ent_coef > 0:
         # Eq. 17   loss - c H(π_θ)
-        entropy, d_entropy = policy.entropy()
+        entropy, entropy_grads = policy.entropy()
         loss = loss - ent_coef * entropy
         for i in range(len(d_policy)):
-            d_policy[i] = d_policy[i] - ent_coef * d_entropy[i]
+            d_policy[i] = d_policy[i] - ent_coef * entropy_grads[i]
     grads = mlp_backward(actor, cache, d_policy[0] / len(inputs))  # of the mean over rows
     if isinstance(policy, Gaussian):
         grads.append(d_policy[1].mean(axis=0))  # all rows share one log_std
@@ -409,7 +407,7 @@ def critic_loss(critic, inputs, returns):
     return (error * error).mean(), flatten(mlp_backward(critic, cache, d_outputs))
 
 
-# §7  Adam ------------------------------
+# §7  Adam ----------
 
 
 def clip_by_global_norm(gradient, max_norm):
@@ -421,7 +419,7 @@ def clip_by_global_norm(gradient, max_norm):
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) for a vector theta (P,), which step moves in place."""
+    """Adam (Kingma & Ba 2015) for a vector theta (P,); step moves it in place."""
 
     # The paper's eps is 1e-8. A larger one keeps steps small where gradients are almost 0.
     def __init__(self, theta, beta1=0.9, beta2=0.999, eps=1e-5):
@@ -445,7 +443,7 @@ class Adam:
         self.theta -= lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
 
-# §8  PPO ------------------------------
+# §8  PPO ----------
 
 
 def setting(default, help, low=None, high=None):
@@ -459,7 +457,7 @@ class Settings:
 
     env: str = setting("CartPole-v1", "Gymnasium name; module:Name-v0 imports a module")
     seed: int = setting(0, "seed of everything random in ppo.py", 0, 2**32 - 1)
-    total_steps: int = setting(500_000, "steps to play, with resets", 1, 10**12)
+    total_steps: int = setting(500_000, "environment steps, resets included", 1, 10**12)
     num_envs: int = setting(16, "N, environments side by side", 1, 4096)
     num_steps: int = setting(128, "T, steps of each environment in a rollout", 1, 10**6)
     epochs: int = setting(6, "K, passes over the same data, Eq. 10", 1, 1000)
@@ -472,9 +470,9 @@ class Settings:
     clip: float = setting(0.2, "epsilon of clip, Eq. 16", 1e-3, 10)
     kl_target: float = setting(0.01, "delta of trpo, Eq. 14; aim of kl, Eq. 15", 1e-6, 10)
     ent_coef: float = setting(0.0, "c, entropy bonus, Eq. 17; falls to 0", 0, 10)
-    max_grad_norm: float = setting(0.5, "longer gradients are clipped", 1e-6, 1e6)
+    max_grad_norm: float = setting(0.5, "longer gradients are shortened", 1e-6, 1e6)
     hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any", 1, 8192)
-    normalize_steps: int = setting(1, "steps with new statistics", 0, 10**12)
+    normalize_steps: int = setting(1, "steps that update the normalisation", 0, 10**12)
     log_std_init: float = setting(0.0, "log_std of actions at first", -5, 2)
     eval_episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
 
@@ -526,13 +524,14 @@ class Agent:
             return obs.astype(np.float32)
         return ((obs - self.obs_mean) / self.obs_std).clip(-10, 10).astype(np.float32)
 
-    def observe(self, obs):
-        """Update the statistics from observations (B, obs_dim), for normalize_steps steps.
+    def observe(self, observations, is_transition):
+        """Update the statistics from observations (..., obs_dim), for normalize_steps steps.
 
-        Later, only a component that leaves ±10 gets new ones: its values would look alike.
+        Later only for a component that leaves ±10, where the clip would hide its values.
         """
         if self.settings.normalize_steps == 0:
             return
+        obs = observations[is_transition]  # (B, obs_dim)
         share_outside = (abs(obs - self.obs_mean) > 10 * self.obs_std).mean(axis=0)
         outdated = share_outside > 0.01
         if self.obs_stats.count < self.settings.normalize_steps:
@@ -559,8 +558,7 @@ class Agent:
 
 
 def fit(agent, adam, loss_function, data, lr):
-    """Take K epochs of gradient steps. loss_function maps a minibatch of the arrays in data
-    to (mean loss, gradient)."""
+    """Take K epochs of gradient steps. loss_function(*minibatch) returns (mean, gradient)."""
     settings = agent.settings
     num_rows = len(data[0])
     num_minibatches = math.ceil(num_rows / settings.minibatch_size)
@@ -583,14 +581,14 @@ def update(agent, inputs, actions, advantages, returns, remaining):
     lr = settings.lr * remaining
     actor_lr = lr if settings.actor_lr is None else settings.actor_lr * remaining
     ent_coef = settings.ent_coef * remaining
-    # Eq. 6: the mean is a baseline, too. The division makes the scale of rewards irrelevant.
+    # Eq. 6: the mean is a baseline, too. Not in the lectures: unit deviation fixes the scale.
     normalized_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy_old, _ = policy_forward(actor, inputs)  # θ is still θ_k
     log_prob_old, _ = policy_old.log_prob(actions)
     data = [inputs, actions, log_prob_old, normalized_advantages]
 
     if settings.objective == "pg":
-        # Eq. 10: for another step, Eq. 4 would need data of the new θ.
+        # Eq. 10: another step would need data of the new θ.
         _, gradient = actor_loss(actor, policy_gradient, ent_coef, *data)
         gradient = clip_by_global_norm(gradient, settings.max_grad_norm)
         agent.actor_adam.step(gradient, actor_lr)
@@ -634,17 +632,18 @@ class Diary:
         self.ended_before = np.zeros(num_envs, bool)
 
     def add(self, rewards, ended, gamma):
-        """Note a rollout: its rewards, and where episodes ended (T, N).
+        """Note the rewards of a rollout, and where episodes ended, both (T, N).
 
-        Returns is_transition, which is False for resets, and the sum of an episode's rewards
-        so far, in which gamma discounts older ones, both (T, N).
+        Returns is_transition (T, N), False for resets, and for each transition the discounted
+        sum g of its episode's rewards so far (B,).
         """
         is_transition = np.zeros(ended.shape, bool)
-        sums = np.zeros(ended.shape)
+        discounted = np.zeros(ended.shape)
         for t in range(len(rewards)):
             is_transition[t] = ~self.ended_before  # the step after an ending is the reset
+            # g_t = r_t + γ g_{t-1} looks back. It only tells how large the rewards are.
             self.discounted_so_far = rewards[t] + gamma * self.discounted_so_far
-            sums[t] = self.discounted_so_far
+            discounted[t] = self.discounted_so_far
             # Eq. 2   R(τ) = Σ r_t of an episode that ended; their mean estimates J(θ)
             self.return_so_far += rewards[t]
             self.last_returns.extend(self.return_so_far[ended[t]])
@@ -653,7 +652,7 @@ class Diary:
             self.ended_before = ended[t]
         self.steps += ended.size
         self.episodes += int(ended.sum())
-        return is_transition, sums
+        return is_transition, discounted[is_transition]
 
     def mean_return(self):
         """Return the mean return of the last 100 episodes, nan before the first one ends."""
@@ -668,13 +667,12 @@ def learn(agent, envs):
     settings = agent.settings
     N = envs.num_envs
     diary = Diary(N)
-    actor = agent.actor  # views of θ: they move with it
 
     def act(obs):
-        policy, _ = policy_forward(actor, agent.normalize(obs))
-        return policy.sample(agent.rng)
+        return agent.policy(obs).sample(agent.rng)
 
-    obs, _ = envs.reset(seed=int(agent.rng.integers(2**31 - N)))  # (N, obs_dim)
+    seed = int(agent.rng.integers(2**31 - N))  # environment i gets seed + i
+    obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
     while diary.steps < settings.total_steps:
         # Eq. 19, play: T steps in each environment with θ_k.
         steps_left = settings.total_steps - diary.steps
@@ -683,12 +681,12 @@ def learn(agent, envs):
         observations, actions, rewards, terminated, truncated = trajectory
         obs = observations[-1]  # (T+1, N, obs_dim) -> (N, obs_dim)
         ended = terminated | truncated  # (T, N)
-        is_transition, sums = diary.add(rewards, ended, settings.gamma)  # (T, N)
+        is_transition, discounted = diary.add(rewards, ended, settings.gamma)  # (T, N), (B,)
         if not is_transition.any():
             continue  # a rollout of a single step may have resets only
 
-        # Eq. 19, judge: Â and R̂ with φ_k. Not in the lectures: scaled rewards keep V at size 1.
-        agent.return_stats.update(sums[is_transition])
+        # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards (not in the lectures) keep V near 1.
+        agent.return_stats.update(discounted)
         rewards /= np.sqrt(agent.return_stats.var + 1e-8)  # (T, N)
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
         values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
@@ -696,22 +694,26 @@ def learn(agent, envs):
         advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.lam)
         returns = advantages + values[:-1]  # (T, N)   Eq. 18   R̂ = Â + V_φ_k(s)
 
-        # Eq. 19, learn: K epochs on the same data make θ_k+1 and φ_k+1.
-        arrays = [observations[:-1], inputs[:-1], actions, advantages, returns]
-        seen, *batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
+        # Eq. 19, learn: K epochs on the same data make θ_{k+1} and φ_{k+1}.
+        arrays = [inputs[:-1], actions, advantages, returns]
+        batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
         changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
-        agent.observe(seen)  # new statistics count from the next rollout on
-        total = agent.theta.sum() + agent.phi.sum() + agent.obs_std.sum() + changes["kl"]
-        if not np.isfinite(total):  # then one of these numbers is not finite
-            where = f"in the iteration that ended at step {diary.steps:,}"
-            raise FloatingPointError(f"the agent diverged {where}: try a smaller lr")
-        played = {"steps": diary.steps, "episodes": diary.episodes}
-        yield {**played, "mean_return": diary.mean_return(), **changes}
+        agent.observe(observations[:-1], is_transition)  # counts from the next rollout on
+        for result in (agent.theta, agent.phi, agent.obs_std, changes["kl"]):
+            if not np.isfinite(result).all():
+                where = f"in the iteration that ended at step {diary.steps:,}"
+                raise FloatingPointError(f"the agent diverged {where}: try a smaller lr")
+        yield {
+            "steps": diary.steps,
+            "episodes": diary.episodes,
+            "mean_return": diary.mean_return(),
+            **changes,
+        }
 
 
-# If you came to learn PPO, you can stop here. TRPO follows, and a program around it all.
+# To learn PPO, a student may stop here. TRPO follows, then the program around it all.
 
-# §9  TRPO ------------------------------
+# §9  TRPO ----------
 # TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
 # takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with
 # the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate and kl map theta to (mean, gradient).
@@ -735,9 +737,9 @@ def conjugate_gradients(product, g, iterations=10):
     for _ in range(iterations):
         F_direction = product(direction)
         squared = residual @ residual
-        length = squared / (direction @ F_direction)
-        x = x + length * direction
-        residual = residual - length * F_direction
+        step_size = squared / (direction @ F_direction)
+        x = x + step_size * direction
+        residual = residual - step_size * F_direction
         if residual @ residual < 1e-10 * (g @ g):
             break
         direction = residual + (residual @ residual / squared) * direction
@@ -745,9 +747,9 @@ def conjugate_gradients(product, g, iterations=10):
 
 
 def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
-    """Move theta (P,) in place, so that the surrogate loss falls and kl is at most delta.
+    """Move theta (P,) in place so that the surrogate loss falls and kl is at most delta.
 
-    If no such step is found, theta stays as it is.
+    If no such step is found, theta stays.
     """
     loss_old, gradient = surrogate(theta)
     if not gradient.any():
@@ -775,7 +777,7 @@ def trpo(theta, shapes, ent_coef, data, delta):
     trust_region_step(theta, surrogate, partial(mean_loss, kl_divergence, 0), delta)
 
 
-# §10  Tasks ------------------------------
+# §10  Tasks ----------
 # Settings that differ from the defaults: first by the kind of task, then by the task.
 
 CONTINUOUS = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
@@ -872,8 +874,7 @@ def make_envs(env_id, num_envs, render=False):
     try:
         envs = gym.make_vec(env_id, num_envs=num_envs, **window)
     except (gym.error.Error, ModuleNotFoundError) as error:
-        hint = "for one of your own, write module:Name-v0"
-        raise UsageError(f"cannot make {env_id}: {error} ({hint})") from error
+        raise UsageError(f"cannot make {env_id} (your own: module:Name-v0): {error}") from error
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
     mode = envs.metadata.get("autoreset_mode")
@@ -910,7 +911,7 @@ def legal_actions(space, actions):
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
-# §11  The program ------------------------------
+# §11  The program ----------
 
 
 def train(env=Settings.env, verbose=False, **chosen):
@@ -999,8 +1000,8 @@ def print_curve(history, width=72, height=8):
 def evaluate(agent, episodes=None, render=False, verbose=False, max_steps=100_000):
     """Play greedy episodes on seeds of their own; return their returns (episodes,).
 
-    In each round every environment plays one episode: if the first to finish counted, short
-    ones would prevail. An endless one is cut off at max_steps. verbose prints a summary.
+    Each environment plays one episode a round, or short ones would prevail. An endless one
+    is cut off at max_steps. verbose prints a summary.
     """
     settings = agent.settings
     if episodes is None:
