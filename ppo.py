@@ -246,10 +246,10 @@ def rollout(envs, act, obs, num_steps, dtype=np.float32):
         8   its last state    ignored      0            False           the reset
         9   s_1               a_1          r_1          False           the next episode
     """
-    observations = np.zeros((num_steps + 1, *obs.shape), dtype)
-    rewards = np.zeros((num_steps, len(obs)), np.float32)
-    terminated = np.zeros((num_steps, len(obs)), bool)
-    truncated = np.zeros((num_steps, len(obs)), bool)
+    observations = np.empty((num_steps + 1, *obs.shape), dtype)
+    rewards = np.empty((num_steps, len(obs)), np.float32)
+    terminated = np.empty((num_steps, len(obs)), bool)
+    truncated = np.empty((num_steps, len(obs)), bool)
     actions = []
     # Eq. 1   τ = (s_1, a_1, r_1, s_2, a_2, r_2, ...)
     observations[0] = obs
@@ -279,7 +279,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     next_values = np.where(terminated, 0, values[1:])
     deltas = rewards + gamma * next_values - values[:-1]
     ended = np.logical_or(terminated, truncated)
-    advantages = np.zeros_like(deltas)
+    advantages = np.empty_like(deltas)
     next_advantage = np.zeros_like(deltas[0])
     for t in reversed(range(T)):
         # After either ending the next row belongs to another episode.
@@ -421,26 +421,23 @@ def clip_by_global_norm(gradient, max_norm):
 class Adam:
     """Adam (Kingma & Ba 2015) for a vector theta (P,); step moves it in place."""
 
-    # The paper's eps is 1e-8. A larger one keeps steps small where gradients are almost 0.
-    def __init__(self, theta, beta1=0.9, beta2=0.999, eps=1e-5):
+    def __init__(self, theta):
         self.theta = theta
-        self.beta1 = beta1
-        self.beta2 = beta2
-        self.eps = eps
         self.m = np.zeros_like(theta)
         self.v = np.zeros_like(theta)
         self.t = 0
 
-    def step(self, gradient, lr):
+    # The paper's eps is 1e-8. A larger one keeps steps small where gradients are almost 0.
+    def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
         """Move theta against the gradient (P,) with learning rate lr."""
         self.t += 1
         # m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
-        self.m += (1 - self.beta1) * (gradient - self.m)
-        self.v += (1 - self.beta2) * (gradient * gradient - self.v)
+        self.m += (1 - beta1) * (gradient - self.m)
+        self.v += (1 - beta2) * (gradient * gradient - self.v)
         # θ ← θ - lr m̂ / (√v̂ + eps), with m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ)
-        m_hat = self.m / (1 - self.beta1**self.t)
-        v_hat = self.v / (1 - self.beta2**self.t)
-        self.theta -= lr * m_hat / (np.sqrt(v_hat) + self.eps)
+        m_hat = self.m / (1 - beta1**self.t)
+        v_hat = self.v / (1 - beta2**self.t)
+        self.theta -= lr * m_hat / (np.sqrt(v_hat) + eps)
 
 
 # §8  PPO ----------
@@ -637,8 +634,8 @@ class Diary:
         Returns is_transition (T, N), False for resets, and for each transition the discounted
         sum g of its episode's rewards so far (B,).
         """
-        is_transition = np.zeros(ended.shape, bool)
-        discounted = np.zeros(ended.shape)
+        is_transition = np.empty(ended.shape, bool)
+        discounted = np.empty(ended.shape)
         for t in range(len(rewards)):
             is_transition[t] = ~self.ended_before  # the step after an ending is the reset
             # g_t = r_t + γ g_{t-1} looks back. It only tells how large the rewards are.
@@ -826,7 +823,7 @@ def check(settings):
         high = f.metadata["high"]
         for number in value if f.type is tuple else [value]:
             if not (isinstance(number, kind) and low <= number <= high):
-                span = f"{kind.__name__.lower()} and from {low} to {high}"
+                span = f"{f.type.__name__} from {low} to {high}"
                 raise UsageError(f"{f.name} must be {span}, not {number!r}")
     if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
         raise UsageError("objective must be pg, is, trpo, kl or clip")
@@ -935,14 +932,14 @@ def run(agent, verbose=True, save_path=None):
     with closing(envs):
         try:
             for record in learn(agent, envs):
-                if record["steps"] >= min(next_row, settings.total_steps):
+                if record["steps"] >= next_row:
                     if verbose and next_row == 0:
                         print_row(record)
                     if verbose:
                         print_row(short(number) for number in record.values())
                     if save_path:
                         save(save_path, agent)
-                    next_row = record["steps"] + settings.total_steps / 20
+                    next_row += settings.total_steps / 20
                 yield record
         except KeyboardInterrupt:
             if save_path:
@@ -1026,9 +1023,8 @@ def evaluate(agent, episodes=None, render=False, verbose=False, max_steps=100_00
             num_cut_off += is_playing.sum()
     returns = np.array(returns[:episodes])
     if verbose:
-        summary = [returns.mean(), returns.std(), returns.min(), returns.max()]
-        mean, std, low, high = [short(number) for number in summary]
-        line = f"mean {mean}, std {std}, min {low}, max {high}"
+        line = f"mean {short(returns.mean())}, std {short(returns.std())}"
+        line += f", min {short(returns.min())}, max {short(returns.max())}"
         if num_cut_off > 0:
             line += f" ({num_cut_off} cut off after {max_steps:,} steps)"
         print(f"greedy evaluation over {episodes} episodes: {line}")
@@ -1093,7 +1089,6 @@ def parse_arguments(argv):
     """Return the options of the command line, and the settings chosen among them."""
     parser = argparse.ArgumentParser(
         epilog="The defaults depend on the task. A run prints what it uses.",
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=100),
         allow_abbrev=False,
     )
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")

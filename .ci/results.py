@@ -240,8 +240,8 @@ def run(env_id, command):
         log = Path(folder, "log.csv")
         log.touch()
         output = Path(folder, "output.txt")
-        lines = []
-        seconds = []  # when each line was read
+        contents = ""
+        seconds = []  # when each line was complete
         with open(log) as log_file, open(output, "w") as output_file:
             start = time.perf_counter()
             process = subprocess.Popen(
@@ -253,9 +253,9 @@ def run(env_id, command):
             while is_running:  # and read once more after the end
                 time.sleep(0.01)
                 is_running = process.poll() is None
-                new_lines = log_file.readlines()
-                lines.extend(new_lines)
-                seconds.extend([time.perf_counter() - start] * len(new_lines))
+                contents += log_file.read()
+                num_new = contents.count("\n") - len(seconds)
+                seconds.extend([time.perf_counter() - start] * num_new)
             total_seconds = time.perf_counter() - start
         text = output.read_text()
 
@@ -274,7 +274,7 @@ def run(env_id, command):
     if process.returncode != 0:
         raise RuntimeError(f"{command}: {text[-500:]}")
 
-    records = list(csv.DictReader(lines))
+    records = list(csv.DictReader(contents.splitlines()))
     result = {
         "diverged": False,
         **evaluation(text),
