@@ -538,7 +538,9 @@ class Agent:
         self.obs_std[outdated] = np.sqrt(self.obs_stats.var[outdated] + 1e-8)
 
     def policy(self, obs):
-        """Return the policy for observations (B, obs_dim)."""
+        """Return the policy for observations (B, obs_dim). Raises ValueError for others."""
+        if obs.shape[1:] != self.obs_mean.shape:
+            raise ValueError(f"observations must be (B, {len(self.obs_mean)}), not {obs.shape}")
         policy, _ = policy_forward(self.actor, self.normalize(obs))
         return policy
 
@@ -674,7 +676,7 @@ def learn(agent, envs):
         # Eq. 19, play: T steps in each environment with θ_k.
         steps_left = settings.total_steps - diary.steps
         T = min(settings.num_steps, math.ceil(steps_left / N))
-        trajectory = rollout(envs, act, obs, T, obs.dtype)
+        trajectory = rollout(envs, act, obs, T, np.result_type(obs, np.float32))
         observations, actions, rewards, terminated, truncated = trajectory
         obs = observations[-1]  # (T+1, N, obs_dim) -> (N, obs_dim)
         ended = terminated | truncated  # (T, N)
@@ -699,7 +701,9 @@ def learn(agent, envs):
         for result in (agent.theta, agent.phi, agent.obs_std, changes["kl"]):
             if not np.isfinite(result).all():
                 where = f"in the iteration that ended at step {diary.steps:,}"
-                raise FloatingPointError(f"the agent diverged {where}: try a smaller lr")
+                raise FloatingPointError(
+                    f"the agent diverged {where}: try a smaller lr, or smaller observations"
+                )
         yield {
             "steps": diary.steps,
             "episodes": diary.episodes,
@@ -749,7 +753,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
     If no such step is found, theta stays.
     """
     loss_old, gradient = surrogate(theta)
-    if not gradient.any():
+    if gradient @ gradient == 0:
         return
     g = -gradient  # surrogate is a loss
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), g)
@@ -767,11 +771,13 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
 def trpo(theta, shapes, ent_coef, data, delta):
     """Take a trust_region_step; data are inputs, actions, log_prob_old and advantages."""
 
-    def mean_loss(objective, ent_coef, theta):
-        return actor_loss(unflatten(theta, shapes), objective, ent_coef, *data)
+    def surrogate(theta):
+        return actor_loss(unflatten(theta, shapes), importance_sampling, ent_coef, *data)
 
-    surrogate = partial(mean_loss, importance_sampling, ent_coef)
-    trust_region_step(theta, surrogate, partial(mean_loss, kl_divergence, 0), delta)
+    def kl(theta):
+        return actor_loss(unflatten(theta, shapes), kl_divergence, 0, *data)
+
+    trust_region_step(theta, surrogate, kl, delta)
 
 
 # §10  Tasks ----------
@@ -844,8 +850,8 @@ def new_agent(env=Settings.env, **chosen):
         try:
             settings = Settings(env, **KINDS[kind] | TASKS.get(name, {}) | chosen)
         except TypeError as error:
-            hint = "gym.register takes arguments of environments"
-            raise UsageError(f"{error}; {hint}") from error
+            hint = "arguments of an environment go into gym.register"
+            raise UsageError(f"{error}: no such setting; {hint}") from error
         check(settings)
         return Agent(envs, settings)
 
@@ -874,9 +880,9 @@ def make_envs(env_id, num_envs, render=False):
         raise UsageError(f"cannot make {env_id} (your own: module:Name-v0): {error}") from error
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
-    mode = envs.metadata.get("autoreset_mode")
+    mode = envs.metadata.get("autoreset_mode", "NEXT_STEP")
     is_playable = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
-    resets_next_step = mode is None or mode.name == "NEXT_STEP"
+    resets_next_step = "NEXT" in str(mode).upper()
     if not (is_playable and resets_next_step and obs_space.is_np_flattenable):
         needs = "Discrete or Box actions, NEXT_STEP resets, observations of a fixed size"
         has = f"{action_space}, {mode}, {obs_space}"
@@ -917,34 +923,52 @@ def train(env=Settings.env, verbose=False, **chosen):
     Returns the agent, and a list with the record of each iteration.
     """
     agent = new_agent(env, **chosen)
-    return agent, list(run(agent, verbose))
+    return agent, run(agent, verbose)
 
 
-def run(agent, verbose=True, save_path=None):
-    """Learn, and yield each record. About twenty times, print it and save the policy."""
+def run(agent, verbose=False, save_path=None, log_path=None):
+    """Learn, and return the records. About twenty times, print one and save the policy."""
     settings = agent.settings
-    envs = make_envs(settings.env, settings.num_envs)
-    if verbose:
-        print(settings)
-        if sys.stdout.isatty():
-            envs = LiveLine(envs, settings.total_steps)
+    folder = os.path.dirname(os.path.abspath(save_path or "."))
+    if save_path and (os.path.isdir(save_path) or not os.access(folder, os.W_OK)):
+        raise UsageError(f"cannot save {save_path}: it needs a file name in a writable folder")
+    try:
+        log = open(log_path or os.devnull, "w", newline="")
+    except OSError as error:
+        raise UsageError(f"cannot write {log_path}: {error.strerror}") from error
+    history = []
     next_row = 0
-    with closing(envs):
+    with log, closing(make_envs(settings.env, settings.num_envs)) as envs:
+        writer = csv.writer(log)
+        if verbose:
+            print(settings)
+            if sys.stdout.isatty():
+                envs = LiveLine(envs, settings.total_steps)
         try:
             for record in learn(agent, envs):
-                if record["steps"] >= next_row:
-                    if verbose and next_row == 0:
+                if not history:
+                    writer.writerow(record)
+                    if verbose:
                         print_row(record)
+                history.append(record)
+                writer.writerow(record.values())
+                log.flush()
+                if record["steps"] >= next_row:
+                    next_row += settings.total_steps / 20
                     if verbose:
                         print_row(short(number) for number in record.values())
                     if save_path:
                         save(save_path, agent)
-                    next_row += settings.total_steps / 20
-                yield record
-        except KeyboardInterrupt:
             if save_path:
                 save(save_path, agent)
+        except KeyboardInterrupt:
+            if save_path and history:
+                save(save_path, agent)
             raise
+        finally:
+            if verbose and history:
+                print_curve(history)
+    return history
 
 
 class LiveLine(gym.vector.VectorWrapper):
@@ -976,7 +1000,7 @@ def short(number):
 
 def print_row(texts):
     """Print a row of the table."""
-    print("".join(f"{text:>12}" for text in texts), flush=True)
+    print("".join(f" {text:>11}" for text in texts), flush=True)
 
 
 def print_curve(history, width=72, height=8):
@@ -1017,10 +1041,10 @@ def evaluate(agent, episodes=None, render=False, verbose=False, max_steps=100_00
                 actions = agent.policy(obs).mode()
                 obs, rewards, terminated, truncated, _ = envs.step(actions)
                 totals += rewards * is_playing
-                is_playing &= ~(terminated | truncated)
+                is_playing[np.logical_or(terminated, truncated)] = False
                 steps += 1
+            num_cut_off += is_playing[: episodes - len(returns)].sum()
             returns.extend(totals)
-            num_cut_off += is_playing.sum()
     returns = np.array(returns[:episodes])
     if verbose:
         line = f"mean {short(returns.mean())}, std {short(returns.std())}"
@@ -1121,36 +1145,11 @@ def program(options, chosen):
         with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
             envs.reset(seed=0)
     if not options.play:
-        learn_and_log(agent, options.save, options.log)
+        run(agent, True, options.save, options.log)
     if not (options.play and options.render):
         evaluate(agent, verbose=True)
     if options.render:
         evaluate(agent, chosen.get("eval_episodes", 5), render=True, verbose=True)
-
-
-def learn_and_log(agent, save_path, log_path):
-    """Train the agent, write the log, and draw the curve."""
-    folder = os.path.dirname(os.path.abspath(save_path or "."))
-    if save_path and not os.access(folder, os.W_OK):
-        raise UsageError(
-            f"cannot save {save_path}: {folder} is not a folder that can be written to"
-        )
-    try:
-        log = open(log_path or os.devnull, "w", newline="")
-    except OSError as error:
-        raise UsageError(f"cannot write {log_path}: {error.strerror}") from error
-    history = []
-    with log:
-        writer = csv.writer(log)
-        try:
-            for record in run(agent, True, save_path):
-                if not history:
-                    writer.writerow(record)
-                writer.writerow(record.values())
-                log.flush()
-                history.append(record)
-        finally:
-            print_curve(history)
 
 
 def main(argv=None):
@@ -1162,7 +1161,7 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (UsageError, gym.error.Error, FloatingPointError, MemoryError) as error:
+    except (UsageError, gym.error.DependencyNotInstalled, FloatingPointError, MemoryError) as error:
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

@@ -612,10 +612,9 @@ def test_eq18_critic_loss_and_its_gradient(rng):
 
 
 def test_init_mlp(rng):
-    """W is orthogonal, of length √2 or, at last, out_gain. No sign is preferred. b is 0."""
-    sizes = [3, 8, 5, 2]
-    params = ppo.init_mlp(sizes, rng, out_gain=0.1)
-    for layer, squared_length in enumerate([2, 2, 0.01]):
+    """W is orthogonal, of length √2 or, at last, 1. No sign is preferred. b is 0."""
+    params = ppo.init_mlp([3, 8, 5, 2], rng)
+    for layer, squared_length in enumerate([2, 2, 1]):
         W = params[2 * layer]
         product = W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T
         assert_allclose(product, squared_length * np.eye(len(product)), atol=1e-6)
@@ -1138,7 +1137,7 @@ def test_seeds_of_environments():
     assert max(different) < 2**31
 
 
-np.infOS = [
+INFOS = [
     lambda env, action: {"growing": np.arange(env.t)},
     lambda env, action: {"number or text": 3.0 if env.t % 2 else "none"},
     lambda env, action: {"of two shapes": np.zeros(action + 1)},
@@ -1146,7 +1145,7 @@ np.infOS = [
 ]
 
 
-@pytest.mark.parametrize("info", np.infOS)
+@pytest.mark.parametrize("info", INFOS)
 def test_info_may_be_anything(info, monkeypatch):
     """ppo.py never reads it, so Gymnasium does not collect it."""
     monkeypatch.setattr(Toy, "info", info)
@@ -1399,10 +1398,12 @@ def test_an_interrupted_run_keeps_its_policy(name, call, folder, monkeypatch, ca
 
 
 DIVERGING = "--env Pendulum-v1 --ent-coef 10 --lr 0.5 --num-steps 512 --total-steps 20000"
-BROKEN = "--env Toy-v0"
+NOT_FINITE = "--env Toy-v0"
 
 
-@pytest.mark.parametrize(("command", "clue"), [(DIVERGING, "smaller lr"), (BROKEN, "not finite")])
+@pytest.mark.parametrize(
+    ("command", "clue"), [(DIVERGING, "smaller lr"), (NOT_FINITE, "not finite")]
+)
 def test_a_run_that_breaks_off_keeps_its_policy(command, clue, folder, monkeypatch, capsys):
     """One line says what happened. The file has the last policy that was good."""
 
