@@ -42,7 +42,26 @@ NEVER = "tasks_are_learned or mutant or readme or command or pipe or disk or ren
 SELECTIONS = [f"({FAST}) and not ({NEVER})", f"not ({FAST}) and not ({NEVER})"]
 
 # Why no test can notice a survivor. The key is "function: before -> after", as in its name.
-EXPLAINED: dict[str, str] = {}
+EXPLAINED: dict[str, str] = {
+    "init_mlp: out_gain=1.0 -> out_gain=2.0": "ppo.py always gives the gain.",
+    "init_mlp: fan_in >= fan_out -> fan_in > fan_out": "A square Q and its transpose are alike.",
+    "mlp_backward: layer > 0 -> True": "Nothing uses the gradient of the first layer's inputs.",
+    "mlp_backward: layer > 0 -> layer >= 0": "Nothing uses it here, either.",
+    "log_softmax: logits = np.asfortranarray(logits) -> pass": "It is only faster.",
+    "clip_by_global_norm: norm > max_norm -> norm >= max_norm": "If equal, the factor is 1.",
+    "actor_loss: ent_coef > 0 -> True": "A coefficient of 0 adds 0.",
+    "actor_loss: ent_coef > 0 -> ent_coef >= 0": "A coefficient of 0 adds 0.",
+    "update: abs(ratio - 1) > settings.clip -> abs(ratio - 1) >= settings.clip": "Never equal.",
+    "update: advantages.std() + 1e-8 -> advantages.std() + 0": "It only saves a division by 0.",
+    "update: returns.var() + 1e-8 -> returns.var() + 0": "It only saves a division by 0.",
+    "learn: agent.return_stats.var + 1e-8 -> agent.return_stats.var + 0": "Likewise.",
+    "learn: inputs.reshape((T + 1) * N, -1) -> inputs.reshape((T + 1) * N, -2)": (
+        "numpy infers any negative size."
+    ),
+    "Gaussian.sample: self.mean + self.std * noise -> self.mean - self.std * noise": (
+        "The noise is symmetric."
+    ),
+}
 
 # What is written in place of what.
 ARITHMETIC = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "/", "**": "*", "|": "&", "&": "|"}
