@@ -666,9 +666,11 @@ def learn(agent, envs):
     settings = agent.settings
     N = envs.num_envs
     diary = Diary(N)
+    actor = agent.actor  # views of θ, which move with it
 
     def act(obs):
-        return agent.policy(obs).sample(agent.rng)
+        policy, _ = policy_forward(actor, agent.normalize(obs))
+        return policy.sample(agent.rng)
 
     seed = int(agent.rng.integers(2**31 - N))  # environment i gets seed + i
     obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
