@@ -431,7 +431,7 @@ class Adam:
     def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
         """Move theta against the gradient (P,) with learning rate lr."""
         self.t += 1
-        # m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
+        # m ← β₁ m + (1-β₁) g = m + (1-β₁) (g - m), and likewise v, the mean of g²
         self.m += (1 - beta1) * (gradient - self.m)
         self.v += (1 - beta2) * (gradient * gradient - self.v)
         # θ ← θ - lr m̂ / (√v̂ + eps), with m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ)
@@ -480,7 +480,7 @@ class Agent:
     def __init__(self, envs, settings):
         self.settings = settings
         self.rng = np.random.default_rng(settings.seed)
-        self.obs_space = envs.unwrapped.single_observation_space
+        self.obs_space = envs.unwrapped.single_observation_space  # before it is flattened
         self.action_space = envs.single_action_space
         obs_dim = gym.spaces.flatdim(self.obs_space)
         act_dim = gym.spaces.flatdim(self.action_space)
@@ -500,10 +500,11 @@ class Agent:
         self.actor_adam = Adam(self.theta)
         self.critic_adam = Adam(self.phi)
         self.beta = 1.0
+        # normalize uses obs_mean and obs_std; obs_stats are those of all that was seen.
         self.obs_mean = np.zeros(obs_dim)
         self.obs_std = np.ones(obs_dim)
         self.obs_stats = RunningMeanStd(epsilon=0, shape=obs_dim)
-        self.return_stats = RunningMeanStd()
+        self.return_stats = RunningMeanStd()  # of discounted sums of rewards
 
     @property
     def actor(self):
@@ -516,7 +517,10 @@ class Agent:
         return unflatten(self.phi, self.critic_shapes)
 
     def normalize(self, obs):
-        """Return observations (..., obs_dim) as inputs of mean 0, deviation 1, within ±10."""
+        """Return observations (..., obs_dim) as inputs of mean 0, deviation 1, within ±10.
+
+        If normalize_steps is 0, they stay as they are.
+        """
         if self.settings.normalize_steps == 0:
             return obs.astype(np.float32)
         return ((obs - self.obs_mean) / self.obs_std).clip(-10, 10).astype(np.float32)
@@ -831,8 +835,8 @@ def check(settings):
         high = f.metadata["high"]
         for number in value if f.type is tuple else [value]:
             if not (isinstance(number, kind) and low <= number <= high):
-                span = f"{f.type.__name__} from {low} to {high}"
-                raise UsageError(f"{f.name} must be {span}, not {number!r}")
+                form = "a number" if f.type is float else "a whole number"
+                raise UsageError(f"{f.name} must be {form} from {low} to {high}, not {number!r}")
     if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
         raise UsageError("objective must be pg, is, trpo, kl or clip")
     if settings.num_envs * settings.num_steps == 1:
@@ -844,9 +848,10 @@ def new_agent(env=Settings.env, **chosen):
 
     Raises UsageError if there is no such environment or setting.
     """
-    if not isinstance(env, str):
-        raise UsageError(f"env must be a name such as CartPole-v1, not {env!r}")
-    name = env.split(":")[-1].rsplit("-v", 1)[0]
+    parts = env.split(":") if isinstance(env, str) else []
+    if not (len(parts) in (1, 2) and all(parts)):
+        raise UsageError(f"env must be a name, CartPole-v1 or module:Name-v0, not {env!r}")
+    name = parts[-1].rsplit("-v", 1)[0]
     with closing(make_envs(env, 1)) as envs:
         kind = kind_of(envs.unwrapped.single_observation_space, envs.single_action_space)
         try:
@@ -878,8 +883,10 @@ def make_envs(env_id, num_envs, render=False):
     window = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
     try:
         envs = gym.make_vec(env_id, num_envs=num_envs, **window)
+    except gym.error.NameNotFound as error:
+        raise UsageError(f"{error} An environment of your own is module:Name-v0.") from error
     except (gym.error.Error, ModuleNotFoundError) as error:
-        raise UsageError(f"cannot make {env_id} (your own: module:Name-v0): {error}") from error
+        raise UsageError(f"cannot make {env_id}: {error}") from error
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
     mode = envs.metadata.get("autoreset_mode", "NEXT_STEP")
@@ -919,19 +926,17 @@ def legal_actions(space, actions):
 # §11  The program ----------
 
 
-def train(env=Settings.env, verbose=False, **chosen):
-    """Train from Python, with settings by name. verbose prints what the command line prints.
-
-    Returns the agent, and a list with the record of each iteration.
-    """
+def train(env=Settings.env, **chosen):
+    """Train from Python. Return the agent, and a list with the record of each iteration."""
     agent = new_agent(env, **chosen)
-    return agent, run(agent, verbose)
+    with closing(make_envs(env, agent.settings.num_envs)) as envs:
+        return agent, list(learn(agent, envs))
 
 
-def run(agent, verbose=False, save_path=None, log_path=None):
-    """Learn, and return the records. About twenty times, print one and save the policy."""
+def run(agent, save_path=None, log_path=None):
+    """Train as the command line does: about twenty times, print a row and save the policy."""
     settings = agent.settings
-    folder = os.path.dirname(os.path.abspath(save_path or "."))
+    folder = os.path.dirname(save_path or "") or "."
     if save_path and (os.path.isdir(save_path) or not os.access(folder, os.W_OK)):
         raise UsageError(f"cannot save {save_path}: it needs a file name in a writable folder")
     try:
@@ -942,23 +947,20 @@ def run(agent, verbose=False, save_path=None, log_path=None):
     next_row = 0
     with log, closing(make_envs(settings.env, settings.num_envs)) as envs:
         writer = csv.writer(log)
-        if verbose:
-            print(settings)
-            if sys.stdout.isatty():
-                envs = LiveLine(envs, settings.total_steps)
+        print(settings)
+        if sys.stdout.isatty():
+            envs = LiveLine(envs, settings.total_steps)
         try:
             for record in learn(agent, envs):
                 if not history:
                     writer.writerow(record)
-                    if verbose:
-                        print_row(record)
+                    print_row(record)
                 history.append(record)
                 writer.writerow(record.values())
                 log.flush()
                 if record["steps"] >= next_row:
                     next_row += settings.total_steps / 20
-                    if verbose:
-                        print_row(short(number) for number in record.values())
+                    print_row(short(number) for number in record.values())
                     if save_path:
                         save(save_path, agent)
             if save_path:
@@ -968,9 +970,8 @@ def run(agent, verbose=False, save_path=None, log_path=None):
                 save(save_path, agent)
             raise
         finally:
-            if verbose and history:
+            if history:
                 print_curve(history)
-    return history
 
 
 class LiveLine(gym.vector.VectorWrapper):
@@ -1133,6 +1134,8 @@ def parse_arguments(argv):
         text = f"{f.metadata['help']}; default {f.default}"
         parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **kind)
     options = parser.parse_args(argv)
+    if "" in (options.save, options.load, options.play, options.log):
+        parser.error("a file needs a name")
     if options.play and (options.load or options.save or options.log):
         parser.error("--play only evaluates: leave out --load, --save and --log")
     chosen = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
@@ -1147,7 +1150,7 @@ def program(options, chosen):
         with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
             envs.reset(seed=0)
     if not options.play:
-        run(agent, True, options.save, options.log)
+        run(agent, options.save, options.log)
     if not (options.play and options.render):
         evaluate(agent, verbose=True)
     if options.render:

@@ -1039,7 +1039,7 @@ def test_what_is_wrong_in_python_is_said():
     """And what to write instead."""
     with pytest.raises(ValueError, match=r"is_slippery.*gym\.register"):
         ppo.train("FrozenLake-v1", is_slippery=False)
-    with pytest.raises(ValueError, match="name such as CartPole-v1"):
+    with pytest.raises(ValueError, match="env must be a name, CartPole-v1"):
         ppo.train(gym.make("CartPole-v1"))
     with pytest.raises(ValueError, match="hidden must be a list"):
         ppo.train(hidden=64)
@@ -1201,12 +1201,15 @@ toy(BOX, gym.spaces.MultiBinary(3), name="Wide-v0")
         ("--objective ppo", "pg, is, trpo, kl or clip"),
         ("--env CartPole-v9", "v1"),
         ("--env Mine-v0", "module:Name-v0"),
+        ("--env a:b:c", "a:b:c"),
         ("--env Wide-v0", "MultiBinary(3)"),
         ("--play missing.npz", "missing.npz"),
         ("--play pole.npz --env Acrobot-v1", "does not fit Acrobot-v1"),
         ("--play pole.npz --save p.npz", "--play only evaluates"),
         ("--play pole.npz --load p.npz", "--play only evaluates"),
         ("--play pole.npz --log run.csv", "--play only evaluates"),
+        ("--save=", "name"),
+        ("--save missing/", "missing/"),
         ("--save missing/p.npz", "missing/p.npz"),
         ("--log missing/run.csv", "missing/run.csv"),
         ("--render", "pygame"),
@@ -1291,16 +1294,16 @@ def test_a_terminal_shows_progress_before_the_first_row(monkeypatch, capsys):
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(Toy, "reward", slow_reward)
-    ppo.train(toy(), verbose=True, num_envs=1, num_steps=8, total_steps=8)
-    before_the_rows = capsys.readouterr().out.split("mean_return")[0]
+    out, _ = run(f"--env {toy()}", capsys)
+    before_the_rows = out.split("mean_return")[0]
     assert re.search(r"\d steps, \d+ steps/s, \d s left *\r", before_the_rows)
 
 
 @pytest.mark.parametrize(("total_steps", "least"), [(3, 1), (63, 1), (20_001, 19)])
 def test_twenty_rows_and_the_last_are_printed(total_steps, least, capsys):
     """About twenty, if it has as many iterations."""
-    ppo.train(verbose=True, num_steps=16, total_steps=total_steps, epochs=1)
-    steps = printed_steps(capsys.readouterr().out)
+    out, _ = run(f"--num-envs 16 --num-steps 16 --total-steps {total_steps}", capsys)
+    steps = printed_steps(out)
     assert total_steps <= steps[-1] < total_steps + 16
     assert least <= len(steps) <= 22
 

@@ -119,7 +119,8 @@ def solve_ppo(seed, env, target, **chosen):
     import ppo
 
     agent = ppo.new_agent(env, seed=seed, **chosen)
-    for record in ppo.run(agent, verbose=False):
+    envs = ppo.make_envs(env, agent.settings.num_envs)
+    for record in ppo.learn(agent, envs):
         mean_return = record["mean_return"]
         solved = record["episodes"] >= 100 and mean_return >= target
         if solved:
