@@ -16,14 +16,14 @@ The algorithm (Eq. 19)                                                where
     repeat until all steps are used up                                §8
         play T steps in each of N environments, with the policy π_θ   §3
         judge: advantages Â from V_φ by GAE, and returns R̂ = Â + V_φ  §4
-        learn: K times, for each minibatch of B rows
-            move θ against the gradient of the actor's loss           §5, §6, §7
-            move φ against the gradient of the critic's loss          §6, §7
+        learn: in minibatches of B rows,
+            K times move θ against the gradient of the actor's loss   §5, §6, §7
+            K times move φ against the gradient of the critic's loss  §6, §7
 
 While θ moves, the data stay those of the θ that played: θ_k in the lectures, _old in names.
 
 Names
-    N, T, K, B     num_envs, num_steps, epochs, minibatch_size; (B,) is any number of rows
+    N, T, K, B     num_envs, num_steps, epochs, minibatch_size; in shapes, B is any number
     n, d, P        how many actions, components of an action, parameters
     s, a, Â, R̂, ρ  observations (normalised: inputs), actions, advantages, returns, ratio
     θ, φ           theta, phi: vectors (P,); actor, critic: the same as lists of arrays
@@ -32,7 +32,7 @@ Names
 
 import os
 
-# Small networks run fastest on one thread. numpy reads this on import; yours wins.
+# Small networks run fastest on one thread. numpy reads this on import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -54,7 +54,7 @@ from gymnasium.wrappers.vector import FlattenObservation, TransformAction, Trans
 
 # §1  Networks ----------
 # Actor and critic are networks of layers x W + b, with tanh between them. A network is a
-# list of arrays [W1, b1, W2, b2, ...]. An optimiser sees the same as one long vector.
+# list of arrays [W1, b1, W2, b2, ...]. An optimiser sees it as one long vector.
 
 
 def flatten(arrays):
@@ -76,8 +76,8 @@ def unflatten(vector, shapes):
 def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
     """Return new parameters for layers of these sizes, e.g. [4, 64, 64, 2].
 
-    Each W (fan_in, fan_out) is a random orthogonal matrix, which keeps the size of
-    signals (Saxe et al. 2014), times √2 in hidden layers and out_gain in the last. Each b is 0.
+    Each W (fan_in, fan_out) is √2, in the last layer out_gain, times a random orthogonal
+    matrix, which keeps the size of signals (Saxe et al. 2014). Each b is 0.
     """
     params = []
     num_layers = len(sizes) - 1
@@ -97,7 +97,7 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
 def mlp_forward(params, inputs):
     """Return outputs (B, out_dim) for inputs (B, in_dim), and a cache: each layer's input.
 
-    A log_std at the end of params belongs to no layer.
+    A log_std (§2) at the end of params belongs to no layer.
     """
     num_layers = len(params) // 2
     cache = []
@@ -123,7 +123,7 @@ def mlp_backward(params, cache, d_outputs):
         db = np.ones(len(x), x.dtype).dot(d_outputs)  # 3 times as fast as .sum(axis=0)
         grads = [dW, db, *grads]
         if layer > 0:
-            # ∂loss/∂x = d_outputs Wᵀ;   x = tanh(z), and tanh'(z) = 1 - tanh²(z)
+            # ∂loss/∂x = d_outputs Wᵀ;   x = tanh(z), so ∂x/∂z = 1 - x²
             dx = d_outputs.dot(W.T)
             d_outputs = dx * (1 - x * x)
     return grads
@@ -163,7 +163,7 @@ class Categorical:
             raise ValueError(f"actions must be {self.logits.shape[:1]}, not {actions.shape}")
         log_probs = log_softmax(self.logits)
         rows = np.arange(len(actions))
-        # ∇log π of Eq. 4   ∂ log π(a) / ∂ logits = onehot(a) - π
+        # Eq. 4   ∇log π starts with ∂ log π(a) / ∂ logits = onehot(a) - π
         grad_logits = -np.exp(log_probs)
         grad_logits[rows, actions] += 1
         return log_probs[rows, actions], [grad_logits]
@@ -200,8 +200,8 @@ class Gaussian:
         if actions.shape != self.mean.shape:
             raise ValueError(f"actions must be {self.mean.shape}, not {actions.shape}")
         z = (actions - self.mean) / self.std
-        # ∇log π of Eq. 4   log π = -Σ (½z² + log std + ½ log 2π);
-        #                   ∂ log π / ∂mean = z / std,   ∂ log π / ∂log_std = z² - 1
+        # Eq. 4   log π = -Σ (½z² + log std + ½ log 2π), and ∇log π starts with
+        #         ∂ log π / ∂mean = z / std,   ∂ log π / ∂log_std = z² - 1
         log_prob = -(0.5 * z * z + self.log_std + 0.5 * math.log(2 * math.pi)).sum(axis=-1)
         grad_mean = z / self.std
         grad_log_std = z * z - 1
@@ -230,13 +230,13 @@ def policy_forward(actor, inputs):
 # §3  Trajectory ----------
 
 
-def rollout(envs, act, obs, num_steps, dtype=np.float32):
+def rollout(envs, act, obs, num_steps):
     """Play num_steps steps in N environments. act maps observations to actions (N, ...).
 
     envs is a Gymnasium vector environment, obs (N, obs_dim) its last observation. Returns
-    observations (T+1, N, obs_dim) of this dtype, actions (T, N, ...), rewards (T, N) in
-    float32, terminated and truncated (T, N). Raises FloatingPointError if a number is not
-    finite.
+    observations (T+1, N, obs_dim) in float32, or float64 if obs needs it, actions (T, N, ...),
+    rewards (T, N) in float32, terminated and truncated (T, N). Raises FloatingPointError if a
+    number is not finite.
 
     An episode is terminated at a true end, and truncated where a time limit stops it. The
     step after either only resets (Gymnasium's NEXT_STEP): do not learn from its row.
@@ -246,6 +246,7 @@ def rollout(envs, act, obs, num_steps, dtype=np.float32):
         8   its last state    ignored      0            False           the reset
         9   s_1               a_1          r_1          False           the next episode
     """
+    dtype = np.result_type(obs, np.float32)
     observations = np.empty((num_steps + 1, *obs.shape), dtype)
     rewards = np.empty((num_steps, len(obs)), np.float32)
     terminated = np.empty((num_steps, len(obs)), bool)
@@ -284,19 +285,19 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     for t in reversed(range(T)):
         # After either ending the next row belongs to another episode.
         next_advantage = np.where(ended[t], 0, next_advantage)
-        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   λ = 1: R_t - V(s_t), with the reward-to-go R_t of Eq. 5
+        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   λ = 1 makes it R_t (Eq. 5) - V(s_t)
         advantages[t] = deltas[t] + gamma * lam * next_advantage
         next_advantage = advantages[t]
     return advantages
 
 
 # §5  Objectives ----------
-# The objectives of the lectures, in their order. Each returns two arrays (B,): a loss, whose
-# mean is to be minimised, and its slope ∂loss/∂log π. For TRPO (Eq. 14) see §9.
+# All take the same arguments, needed or not, and return two arrays (B,): a loss, whose mean
+# is to be minimised, and its slope ∂loss/∂log π. For TRPO (Eq. 14) see §9.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
-    """The policy gradient (Eq. 4, 6), valid for one step. log_prob_old is not used."""
+    """The policy gradient (Eq. 4, 6), valid for one step."""
     # Eq. 4, 6   loss = -log π Â;   ∂loss/∂log π = -Â
     loss = -log_prob * advantages
     slope = -advantages
@@ -306,25 +307,23 @@ def policy_gradient(log_prob, log_prob_old, advantages):
 def importance_sampling(log_prob, log_prob_old, advantages):
     """The surrogate (Eq. 12): data of π_θ_k, reweighted by importance sampling (Eq. 11).
 
-    The ratio corrects the actions. The states and Â are still those of π_θ_k, so that this
-    is right only near θ_k. For this, and for the variance of Eq. 11, all that follows keeps
-    θ close.
+    The ratio corrects the actions, but the states and Â are still those of π_θ_k. This
+    error, and the variance of Eq. 11, grow away from θ_k. So all that follows keeps θ close.
     """
     # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ/∂log π = ρ, so slope = loss
     ratio = np.exp(log_prob - log_prob_old)
     loss = -ratio * advantages
-    slope = -ratio * advantages
+    slope = loss
     return loss, slope
 
 
 def kl_divergence(log_prob, log_prob_old, advantages=None):
-    """KL(π_θ_k‖π_θ) (Eq. 13), estimated from actions of π_θ_k. advantages is not used.
+    """KL(π_θ_k‖π_θ) (Eq. 13), estimated from actions of π_θ_k.
 
-    E[ρ - 1] is 0. Adding it makes rows nonnegative, their mean less noisy (Schulman 2020).
+    Adding ρ - 1, whose mean is 0, makes rows nonnegative and less noisy (Schulman 2020).
     """
-    # Eq. 13   KL = E[log π_θ_k - log π_θ] = E[log π_θ_k - log π_θ + ρ - 1];
-    #          ∂/∂log π = ρ - 1
-    ratio_minus_1 = np.expm1(log_prob - log_prob_old)  # exact for small differences, too
+    # Eq. 13   KL = E[kl], kl = log π_θ_k - log π_θ + ρ - 1;   ∂kl/∂log π = ρ - 1
+    ratio_minus_1 = np.expm1(log_prob - log_prob_old)  # exact for small differences
     kl = log_prob_old - log_prob + ratio_minus_1
     slope = ratio_minus_1
     return kl, slope
@@ -365,14 +364,14 @@ def clip(log_prob, log_prob_old, advantages, epsilon):
 
 
 # §6  Losses ----------
-# The chain rule makes the gradient: slope (§5) times ∇log π (§2), back through §1.
+# The chain rule: slope (§5) times ∂log π/∂outputs (§2), sent back through the layers (§1).
 
 
 def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advantages):
     """Return the actor's mean loss over B rows, and its gradient (P,).
 
-    objective is a function of §5 of log_prob, log_prob_old and advantages, all (B,).
-    inputs are (B, obs_dim), actions (B,) or (B, d). Raises ValueError for other shapes.
+    objective is a function of §5. inputs are (B, obs_dim), actions (B,) or (B, d),
+    log_prob_old and advantages (B,). Raises ValueError for other shapes.
     """
     policy, cache = policy_forward(actor, inputs)
     log_prob, log_prob_grads = policy.log_prob(actions)
@@ -387,7 +386,7 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
         loss = loss - ent_coef * entropy
         for i in range(len(d_policy)):
             d_policy[i] = d_policy[i] - ent_coef * entropy_grads[i]
-    grads = mlp_backward(actor, cache, d_policy[0] / len(inputs))  # of the mean over rows
+    grads = mlp_backward(actor, cache, d_policy[0] / len(inputs))  # the loss is a mean over rows
     if isinstance(policy, Gaussian):
         grads.append(d_policy[1].mean(axis=0))  # all rows share one log_std
     return loss.mean(), flatten(grads)
@@ -403,7 +402,7 @@ def critic_loss(critic, inputs, returns):
         raise ValueError(f"returns must be {outputs.shape[:1]}, not {returns.shape}")
     # Eq. 18   loss = (V - R̂)²;   ∂loss/∂V = 2 (V - R̂)
     error = outputs[:, 0] - returns
-    d_outputs = 2 * error[:, None] / len(inputs)  # of the mean over rows
+    d_outputs = 2 * error[:, None] / len(inputs)  # the loss is a mean over rows
     return (error * error).mean(), flatten(mlp_backward(critic, cache, d_outputs))
 
 
@@ -431,12 +430,13 @@ class Adam:
     def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
         """Move theta against the gradient (P,) with learning rate lr."""
         self.t += 1
-        # m ← β₁ m + (1-β₁) g = m + (1-β₁) (g - m), and likewise v, the mean of g²
+        # m and v are running means of g and g²:   m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
         self.m += (1 - beta1) * (gradient - self.m)
         self.v += (1 - beta2) * (gradient * gradient - self.v)
-        # θ ← θ - lr m̂ / (√v̂ + eps), with m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ)
+        # They start at 0, which m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ) correct.
         m_hat = self.m / (1 - beta1**self.t)
         v_hat = self.v / (1 - beta2**self.t)
+        # θ ← θ - lr m̂ / (√v̂ + eps)
         self.theta -= lr * m_hat / (np.sqrt(v_hat) + eps)
 
 
@@ -489,7 +489,7 @@ class Agent:
         actor = init_mlp([obs_dim, *settings.hidden, act_dim], self.rng, out_gain=0.01)
         if isinstance(self.action_space, gym.spaces.Box):
             actor.append(np.full(act_dim, settings.log_std_init, np.float32))
-        # A table of values starts at 0: random values would only make the first Â noisy.
+        # Without hidden layers V is a table. Random values would make the first Â noisy.
         critic_gain = 1.0 if settings.hidden else 0.0
         critic = init_mlp([obs_dim, *settings.hidden, 1], self.rng, critic_gain)
 
@@ -500,7 +500,7 @@ class Agent:
         self.actor_adam = Adam(self.theta)
         self.critic_adam = Adam(self.phi)
         self.beta = 1.0
-        # normalize uses obs_mean and obs_std; obs_stats are those of all that was seen.
+        # normalize uses obs_mean and obs_std. obs_stats describes all that was seen.
         self.obs_mean = np.zeros(obs_dim)
         self.obs_std = np.ones(obs_dim)
         self.obs_stats = RunningMeanStd(epsilon=0, shape=obs_dim)
@@ -525,14 +525,14 @@ class Agent:
             return obs.astype(np.float32)
         return ((obs - self.obs_mean) / self.obs_std).clip(-10, 10).astype(np.float32)
 
-    def observe(self, observations, is_transition):
-        """Update the statistics from observations (..., obs_dim), for normalize_steps steps.
+    def observe(self, obs):
+        """Update obs_stats from observations (B, obs_dim) that were played.
 
-        Later only for a component that leaves ±10, where the clip would hide its values.
+        obs_mean and obs_std follow it for normalize_steps steps, and later only where a
+        component leaves ±10, so that the clip hides its values.
         """
         if self.settings.normalize_steps == 0:
             return
-        obs = observations[is_transition]  # (B, obs_dim)
         share_outside = (abs(obs - self.obs_mean) > 10 * self.obs_std).mean(axis=0)
         outdated = share_outside > 0.01
         if self.obs_stats.count < self.settings.normalize_steps:
@@ -574,17 +574,17 @@ def fit(agent, adam, loss_function, data, lr):
 
 
 def update(agent, inputs, actions, advantages, returns, remaining):
-    """Learn from B transitions, and return a record of what changed.
+    """Learn from transitions, and return a record of what changed.
 
     inputs are (B, obs_dim), actions (B,) or (B, d), advantages and returns (B,). remaining
     is the share of the run still to come. It scales the learning rates and the entropy bonus.
     """
     settings = agent.settings
-    actor = agent.actor
+    actor = agent.actor  # views of θ, which move with it
     lr = settings.lr * remaining
     actor_lr = lr if settings.actor_lr is None else settings.actor_lr * remaining
     ent_coef = settings.ent_coef * remaining
-    # Eq. 6: the mean is a baseline, too. Not in the lectures: unit deviation fixes the scale.
+    # Eq. 6: the mean is a baseline, too. The lectures do not divide by the deviation.
     normalized_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy_old, _ = policy_forward(actor, inputs)  # θ is still θ_k
     log_prob_old, _ = policy_old.log_prob(actions)
@@ -603,11 +603,9 @@ def update(agent, inputs, actions, advantages, returns, remaining):
             "kl": partial(kl_penalty, beta=agent.beta),
             "clip": partial(clip, epsilon=settings.clip),
         }
-        objective = objectives[settings.objective]
-        loss_function = partial(actor_loss, actor, objective, ent_coef)
+        loss_function = partial(actor_loss, actor, objectives[settings.objective], ent_coef)
         fit(agent, agent.actor_adam, loss_function, data, actor_lr)
-    loss_function = partial(critic_loss, agent.critic)
-    fit(agent, agent.critic_adam, loss_function, [inputs, returns], lr)
+    fit(agent, agent.critic_adam, partial(critic_loss, agent.critic), [inputs, returns], lr)
 
     policy, _ = policy_forward(actor, inputs)
     log_prob, _ = policy.log_prob(actions)
@@ -619,12 +617,12 @@ def update(agent, inputs, actions, advantages, returns, remaining):
         "kl": float(kl.mean()),
         "clipped": float((abs(ratio - 1) > settings.clip).mean()),
         "entropy": float(entropy.mean()),
-        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # of var R̂
+        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # Â = R̂ - V
     }
 
 
 class Diary:
-    """What learn keeps from one rollout to the next, because episodes go on."""
+    """What learn remembers between rollouts, because an episode may span several."""
 
     def __init__(self, num_envs):
         self.steps = 0
@@ -644,10 +642,10 @@ class Diary:
         discounted = np.empty(ended.shape)
         for t in range(len(rewards)):
             is_transition[t] = ~self.ended_before  # the step after an ending is the reset
-            # g_t = r_t + γ g_{t-1} looks back. It only tells how large the rewards are.
+            # g_t = r_t + γ g_{t-1} looks back. learn divides rewards by its deviation.
             self.discounted_so_far = rewards[t] + gamma * self.discounted_so_far
             discounted[t] = self.discounted_so_far
-            # Eq. 2   R(τ) = Σ r_t of an episode that ended; their mean estimates J(θ)
+            # Eq. 2   R(τ) = Σ r_t when an episode ends;   the mean of R(τ) estimates J(θ)
             self.return_so_far += rewards[t]
             self.last_returns.extend(self.return_so_far[ended[t]])
             self.return_so_far[ended[t]] = 0
@@ -670,7 +668,7 @@ def learn(agent, envs):
     settings = agent.settings
     N = envs.num_envs
     diary = Diary(N)
-    actor = agent.actor  # views of θ, which move with it
+    actor = agent.actor
 
     def act(obs):
         policy, _ = policy_forward(actor, agent.normalize(obs))
@@ -682,8 +680,7 @@ def learn(agent, envs):
         # Eq. 19, play: T steps in each environment with θ_k.
         steps_left = settings.total_steps - diary.steps
         T = min(settings.num_steps, math.ceil(steps_left / N))
-        trajectory = rollout(envs, act, obs, T, np.result_type(obs, np.float32))
-        observations, actions, rewards, terminated, truncated = trajectory
+        observations, actions, rewards, terminated, truncated = rollout(envs, act, obs, T)
         obs = observations[-1]  # (T+1, N, obs_dim) -> (N, obs_dim)
         ended = terminated | truncated  # (T, N)
         is_transition, discounted = diary.add(rewards, ended, settings.gamma)  # (T, N), (B,)
@@ -692,7 +689,7 @@ def learn(agent, envs):
 
         # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards (not in the lectures) keep V near 1.
         agent.return_stats.update(discounted)
-        rewards /= np.sqrt(agent.return_stats.var + 1e-8)  # (T, N)
+        rewards /= np.sqrt(agent.return_stats.var + 1e-8)
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
         values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
         values = values.reshape(T + 1, N)
@@ -703,13 +700,11 @@ def learn(agent, envs):
         arrays = [inputs[:-1], actions, advantages, returns]
         batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
         changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
-        agent.observe(observations[:-1], is_transition)  # counts from the next rollout on
+        agent.observe(observations[:-1][is_transition])  # for the next rollout
         for result in (agent.theta, agent.phi, agent.obs_std, changes["kl"]):
             if not np.isfinite(result).all():
-                where = f"in the iteration that ended at step {diary.steps:,}"
-                raise FloatingPointError(
-                    f"the agent diverged {where}: try a smaller lr, or smaller observations"
-                )
+                hint = "try a smaller lr, or smaller observations"
+                raise FloatingPointError(f"the agent diverged before step {diary.steps:,}: {hint}")
         yield {
             "steps": diary.steps,
             "episodes": diary.episodes,
@@ -723,11 +718,12 @@ def learn(agent, envs):
 # §9  TRPO ----------
 # TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
 # takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with
-# the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate and kl map theta to (mean, gradient).
+# the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate and kl are functions of theta here, which
+# return (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
-    """Return (F + damping) v (P,): F v is how ∇KL changes in the direction v (P,)."""
+    """Return F v + damping v (P,). F v is how ∇KL changes along v (P,); F may be singular."""
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
     machine_epsilon = float(np.finfo(theta.dtype).eps)
     h = 2 * machine_epsilon ** (1 / 3) / float(np.linalg.norm(v))
@@ -765,7 +761,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), g)
     # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g
     step = np.sqrt(2 * delta / (x @ g)) * x
-    for _ in range(10):  # that holds near θ_k only: halve the step until it works
+    for _ in range(10):  # Δ is right only near θ_k: halve it until KL and the loss agree
         kl_new, _ = kl(theta + step)
         loss_new, _ = surrogate(theta + step)
         if kl_new <= delta and loss_new < loss_old:
@@ -828,15 +824,17 @@ def check(settings):
         raise UsageError(f"hidden must be a list like [64, 64], not {settings.hidden!r}")
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if f.type is str or value is f.default:
+        if f.type is str or value is f.default:  # actor_lr may be None
             continue
-        kind = numbers.Real if f.type is float else numbers.Integral
+        form = numbers.Real if f.type is float else numbers.Integral
         low = f.metadata["low"]
         high = f.metadata["high"]
-        for number in value if f.type is tuple else [value]:
-            if not (isinstance(number, kind) and low <= number <= high):
-                form = "a number" if f.type is float else "a whole number"
-                raise UsageError(f"{f.name} must be {form} from {low} to {high}, not {number!r}")
+        values = value if f.type is tuple else [value]
+        for number in values:
+            if not (isinstance(number, form) and low <= number <= high):
+                whole = "a" if f.type is float else "a whole"
+                span = f"{whole} number from {low} to {high}"
+                raise UsageError(f"{f.name} must be {span}, not {number!r}")
     if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
         raise UsageError("objective must be pg, is, trpo, kl or clip")
     if settings.num_envs * settings.num_steps == 1:
@@ -854,8 +852,9 @@ def new_agent(env=Settings.env, **chosen):
     name = parts[-1].rsplit("-v", 1)[0]
     with closing(make_envs(env, 1)) as envs:
         kind = kind_of(envs.unwrapped.single_observation_space, envs.single_action_space)
+        values = KINDS[kind] | TASKS.get(name, {}) | chosen
         try:
-            settings = Settings(env, **KINDS[kind] | TASKS.get(name, {}) | chosen)
+            settings = Settings(env, **values)
         except TypeError as error:
             hint = "arguments of an environment go into gym.register"
             raise UsageError(f"{error}: no such setting; {hint}") from error
@@ -875,33 +874,33 @@ class WithoutInfo(gym.Wrapper):
         return obs, reward, terminated, truncated, {}
 
 
-def make_envs(env_id, num_envs, render=False):
+def make_envs(env, num_envs, render=False):
     """Return N environments with observations (N, obs_dim) that take a policy's actions.
 
     Raises UsageError if there is no such environment, or if its spaces cannot be used.
     """
     window = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
     try:
-        envs = gym.make_vec(env_id, num_envs=num_envs, **window)
+        envs = gym.make_vec(env, num_envs=num_envs, **window)
     except gym.error.NameNotFound as error:
         raise UsageError(f"{error} An environment of your own is module:Name-v0.") from error
     except (gym.error.Error, ModuleNotFoundError) as error:
-        raise UsageError(f"cannot make {env_id}: {error}") from error
+        raise UsageError(f"cannot make {env}: {error}") from error
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
     mode = envs.metadata.get("autoreset_mode", "NEXT_STEP")
     is_playable = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
-    resets_next_step = "NEXT" in str(mode).upper()
+    resets_next_step = "NEXT" in str(mode).upper()  # NEXT_STEP or NextStep
     if not (is_playable and resets_next_step and obs_space.is_np_flattenable):
         needs = "Discrete or Box actions, NEXT_STEP resets, observations of a fixed size"
         has = f"{action_space}, {mode}, {obs_space}"
-        raise UsageError(f"{env_id} has {has}; needed are {needs}")
+        raise UsageError(f"{env} has {has}; needed are {needs}")
     if isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
-        envs.unwrapped.envs = [WithoutInfo(env) for env in envs.unwrapped.envs]
+        envs.unwrapped.envs = [WithoutInfo(one) for one in envs.unwrapped.envs]
     if isinstance(obs_space, gym.spaces.Discrete):
         one_hot = np.eye(obs_space.n, dtype=np.float32)
         envs = TransformObservation(envs, lambda obs: one_hot[obs - obs_space.start])
-    elif not (isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1):
+    elif obs_space.shape != (gym.spaces.flatdim(obs_space),):
         envs = FlattenObservation(envs)
     return TransformAction(envs, partial(legal_actions, action_space))
 
@@ -930,11 +929,12 @@ def train(env=Settings.env, **chosen):
     """Train from Python. Return the agent, and a list with the record of each iteration."""
     agent = new_agent(env, **chosen)
     with closing(make_envs(env, agent.settings.num_envs)) as envs:
-        return agent, list(learn(agent, envs))
+        history = list(learn(agent, envs))
+    return agent, history
 
 
-def run(agent, save_path=None, log_path=None):
-    """Train as the command line does: about twenty times, print a row and save the policy."""
+def run(agent, save_path, log_path):
+    """Train as the command line does. Print about twenty rows, and save after each iteration."""
     settings = agent.settings
     folder = os.path.dirname(save_path or "") or "."
     if save_path and (os.path.isdir(save_path) or not os.access(folder, os.W_OK)):
@@ -944,7 +944,7 @@ def run(agent, save_path=None, log_path=None):
     except OSError as error:
         raise UsageError(f"cannot write {log_path}: {error.strerror}") from error
     history = []
-    next_row = 0
+    num_rows = 0
     with log, closing(make_envs(settings.env, settings.num_envs)) as envs:
         writer = csv.writer(log)
         print(settings)
@@ -958,17 +958,11 @@ def run(agent, save_path=None, log_path=None):
                 history.append(record)
                 writer.writerow(record.values())
                 log.flush()
-                if record["steps"] >= next_row:
-                    next_row += settings.total_steps / 20
+                if 20 * record["steps"] >= num_rows * settings.total_steps:
+                    num_rows += 1
                     print_row(short(number) for number in record.values())
-                    if save_path:
-                        save(save_path, agent)
-            if save_path:
-                save(save_path, agent)
-        except KeyboardInterrupt:
-            if save_path and history:
-                save(save_path, agent)
-            raise
+                if save_path:
+                    save(save_path, agent)
         finally:
             if history:
                 print_curve(history)
@@ -1006,16 +1000,16 @@ def print_row(texts):
     print("".join(f" {text:>11}" for text in texts), flush=True)
 
 
-def print_curve(history, width=72, height=8):
-    """Draw the mean return over the steps."""
-    history = [record for record in history if record["episodes"] > 0]
-    if not history:
+def print_curve(history):
+    """Draw the mean return over the steps, in 72 columns and 8 lines."""
+    records = [record for record in history if record["episodes"] > 0]
+    if not records:
         print("no episode has ended yet")
         return
-    steps = [record["steps"] for record in history]
-    returns = [record["mean_return"] for record in history]
-    columns = np.interp(np.linspace(steps[0], steps[-1], width), steps, returns)
-    for level in np.linspace(columns.max(), columns.min(), height):
+    steps = [record["steps"] for record in records]
+    returns = [record["mean_return"] for record in records]
+    columns = np.interp(np.linspace(steps[0], steps[-1], 72), steps, returns)
+    for level in np.linspace(columns.max(), columns.min(), 8):
         bars = "".join("#" if column >= level else " " for column in columns)
         print(f"{short(level):>12} |{bars}")
     print(f"mean return over {steps[0]:,} to {steps[-1]:,} steps")
@@ -1039,13 +1033,13 @@ def evaluate(agent, episodes=None, render=False, verbose=False, max_steps=100_00
             obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
             totals = np.zeros(num_envs)
             is_playing = np.ones(num_envs, bool)
-            steps = 0
-            while is_playing.any() and steps < max_steps:
+            for _ in range(max_steps):
                 actions = agent.policy(obs).mode()
                 obs, rewards, terminated, truncated, _ = envs.step(actions)
                 totals += rewards * is_playing
                 is_playing[np.logical_or(terminated, truncated)] = False
-                steps += 1
+                if not is_playing.any():
+                    break
             num_cut_off += is_playing[: episodes - len(returns)].sum()
             returns.extend(totals)
     returns = np.array(returns[:episodes])
@@ -1074,11 +1068,11 @@ def arrays_of(agent):
 
 def save(path, agent):
     """Write a policy file, whole or not at all. Raises UsageError if that fails."""
-    settings = json.dumps(asdict(agent.settings), default=lambda number: number.tolist())
+    text = json.dumps(asdict(agent.settings), default=lambda number: number.tolist())
     temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, settings=settings, **arrays_of(agent))
+            np.savez(file, settings=text, **arrays_of(agent))
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"cannot save {path}: {error.strerror}") from error
@@ -1095,10 +1089,10 @@ def load(path, **chosen):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        settings = json.loads(str(arrays.pop("settings")))
+        values = json.loads(str(arrays.pop("settings"))) | chosen
     except Exception as error:  # there are many ways in which a file can be broken
         raise UsageError(f"cannot use {path} as a policy: {error}") from error
-    agent = new_agent(**settings | chosen)
+    agent = new_agent(**values)
     shapes = {name: array.shape for name, array in arrays_of(agent).items()}
     if shapes != {name: array.shape for name, array in arrays.items()}:
         raise UsageError(f"{path} does not fit {agent.settings.env}: it has other sizes")
@@ -1106,54 +1100,52 @@ def load(path, **chosen):
     agent.phi[:] = arrays["phi"]
     agent.obs_mean = arrays["obs_mean"]
     agent.obs_std = arrays["obs_std"]
-    for name, stats in ("obs_stats", agent.obs_stats), ("return_stats", agent.return_stats):
+    for name, stats in [("obs_stats", agent.obs_stats), ("return_stats", agent.return_stats)]:
         shape = stats.mean.shape
         stats.mean, stats.var, stats.count = unflatten(arrays[name], [shape, shape, ()])
     return agent
 
 
 def parse_arguments(argv):
-    """Return the options of the command line, and the settings chosen among them."""
+    """Return the options of the command line by name, and of the settings those chosen."""
     parser = argparse.ArgumentParser(
         epilog="The defaults depend on the task. A run prints what it uses.",
         allow_abbrev=False,
     )
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
     files = {
-        "--save": "keep the policy in this file",
-        "--load": "start from the policy in this file",
-        "--play": "only evaluate the policy in this file",
-        "--log": "write a CSV row for each iteration",
+        "save": "keep the policy in this file",
+        "load": "start from the policy in this file",
+        "play": "only evaluate the policy in this file",
+        "log": "write a CSV row for each iteration",
     }
-    for flag, text in files.items():
-        parser.add_argument(flag, metavar="FILE", help=text)
+    for name, text in files.items():
+        parser.add_argument(f"--{name}", dest=f"{name}_path", metavar="FILE", help=text)
     parser.add_argument("--render", action="store_true", help="show episodes in a window")
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
-        kind = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
+        form = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
         text = f"{f.metadata['help']}; default {f.default}"
-        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **kind)
-    options = parser.parse_args(argv)
-    if "" in (options.save, options.load, options.play, options.log):
-        parser.error("a file needs a name")
-    if options.play and (options.load or options.save or options.log):
-        parser.error("--play only evaluates: leave out --load, --save and --log")
-    chosen = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
-    return options, chosen
+        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **form)
+    return vars(parser.parse_args(argv))
 
 
-def program(options, chosen):
-    """Train or play, as the options say. What may fail at the end is tried at the start."""
-    path = options.play or options.load
+def program(save_path, load_path, play_path, log_path, render, **chosen):
+    """Train or play. What may fail at the end is tried at the start."""
+    if "" in (save_path, load_path, play_path, log_path):
+        raise UsageError("a file needs a name")
+    if play_path and (load_path or save_path or log_path):
+        raise UsageError("--play only evaluates: leave out --load, --save and --log")
+    path = play_path or load_path
     agent = load(path, **chosen) if path else new_agent(**chosen)
-    if options.render:
+    if render:
         with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
             envs.reset(seed=0)
-    if not options.play:
-        run(agent, options.save, options.log)
-    if not (options.play and options.render):
+    if not play_path:
+        run(agent, save_path, log_path)
+    if not (play_path and render):
         evaluate(agent, verbose=True)
-    if options.render:
+    if render:
         evaluate(agent, chosen.get("eval_episodes", 5), render=True, verbose=True)
 
 
@@ -1162,7 +1154,7 @@ def main(argv=None):
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
     try:
         with np.errstate(all="ignore"):  # learn looks for numbers that are not finite
-            program(*parse_arguments(argv))
+            program(**parse_arguments(argv))
         return 0
     except KeyboardInterrupt:
         return 130

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import ppo
 
-# Short runs, one after the other, of 20 iterations each: a policy is saved with every row.
+# Short runs, one after the other, of 20 iterations each. A policy is saved after each iteration.
 LOOP = """
 import sys, ppo
 while True:
