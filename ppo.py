@@ -638,19 +638,23 @@ class Diary:
         Returns is_transition (T, N), False for resets, and for each transition the discounted
         sum g of its episode's rewards so far (B,).
         """
+        # The step after an ending is the reset.
         is_transition = np.empty(ended.shape, bool)
+        is_transition[0] = ~self.ended_before
+        is_transition[1:] = ~ended[:-1]
+        self.ended_before = ended[-1]
         discounted = np.empty(ended.shape)
+        has_ending = ended.any(axis=1)
         for t in range(len(rewards)):
-            is_transition[t] = ~self.ended_before  # the step after an ending is the reset
             # g_t = r_t + γ g_{t-1} looks back. learn divides rewards by its deviation.
             self.discounted_so_far = rewards[t] + gamma * self.discounted_so_far
             discounted[t] = self.discounted_so_far
             # Eq. 2   R(τ) = Σ r_t when an episode ends;   the mean of R(τ) estimates J(θ)
             self.return_so_far += rewards[t]
-            self.last_returns.extend(self.return_so_far[ended[t]])
-            self.return_so_far[ended[t]] = 0
-            self.discounted_so_far[ended[t]] = 0
-            self.ended_before = ended[t]
+            if has_ending[t]:
+                self.last_returns.extend(self.return_so_far[ended[t]])
+                self.return_so_far[ended[t]] = 0
+                self.discounted_so_far[ended[t]] = 0
         self.steps += ended.size
         self.episodes += int(ended.sum())
         return is_transition, discounted[is_transition]

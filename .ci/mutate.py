@@ -61,6 +61,7 @@ EXPLAINED: dict[str, str] = {
     "Agent.observe: return -> pass": "normalize does not use them then. It saves time.",
     "Agent.observe: abs(obs - self.obs_mean) > 10 * self.obs_std -> "
     "abs(obs - self.obs_mean) >= 10 * self.obs_std": "Never equal.",
+    "Diary.add: has_ending[t] -> True": "It is only faster.",
     "Diary.mean_return: float(np.mean(self.last_returns)) if self.last_returns else math.nan -> "
     "float(np.mean(self.last_returns)) if True else math.nan": (
         "The mean of nothing is nan, too, with a warning."

@@ -94,8 +94,8 @@ def tasks(args):
     for (env_id, steps, _), results in zip(chosen_tasks, play(args, experiments), strict=True):
         best = number(optimum(env_id)) if is_table(env_id) else "-"
         print_row(env_id, f"{steps:,}", *mean_and_worst(results), best)
-        means = " ".join(three_digits(result["mean"]) for result in results)
-        lines.append(f"{env_id}: {means}")
+        means = " ".join(rounded(result["mean"]) for result in results)
+        lines.append(f"{name(env_id)}: {means}")
     print("\n```text")
     print("\n".join(lines))
     print("```")
@@ -365,9 +365,9 @@ def number(x):
     return f"{round(x, digits) + 0.0:g}"  # + 0.0 turns -0.0 into 0.0
 
 
-def three_digits(x):
-    """Return a number as text, with three digits or as a whole number."""
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+def rounded(x):
+    """Return a number as text, as a whole number or with three digits."""
+    return f"{x:,.0f}" if abs(x) >= 10 else f"{x:.3g}"
 
 
 def mean(results, key):
