@@ -163,7 +163,7 @@ class Categorical:
             raise ValueError(f"actions must be {self.logits.shape[:1]}, not {actions.shape}")
         log_probs = log_softmax(self.logits)
         rows = np.arange(len(actions))
-        # Eq. 4   ∇log π starts with ∂ log π(a) / ∂ logits = onehot(a) - π
+        # Eq. 3, 4   ∇log π starts with ∂ log π(a) / ∂ logits = onehot(a) - π
         grad_logits = -np.exp(log_probs)
         grad_logits[rows, actions] += 1
         return log_probs[rows, actions], [grad_logits]
@@ -200,8 +200,8 @@ class Gaussian:
         if actions.shape != self.mean.shape:
             raise ValueError(f"actions must be {self.mean.shape}, not {actions.shape}")
         z = (actions - self.mean) / self.std
-        # Eq. 4   log π = -Σ (½z² + log std + ½ log 2π), and ∇log π starts with
-        #         ∂ log π / ∂mean = z / std,   ∂ log π / ∂log_std = z² - 1
+        # Eq. 3, 4   log π = -Σ (½z² + log std + ½ log 2π), and ∇log π starts with
+        #            ∂ log π / ∂mean = z / std,   ∂ log π / ∂log_std = z² - 1
         log_prob = -(0.5 * z * z + self.log_std + 0.5 * math.log(2 * math.pi)).sum(axis=-1)
         grad_mean = z / self.std
         grad_log_std = z * z - 1
@@ -389,7 +389,7 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
     grads = mlp_backward(actor, cache, d_policy[0] / len(inputs))  # the loss is a mean over rows
     if isinstance(policy, Gaussian):
         grads.append(d_policy[1].mean(axis=0))  # all rows share one log_std
-    return loss.mean(), flatten(grads)
+    return loss.sum() / len(inputs), flatten(grads)
 
 
 def critic_loss(critic, inputs, returns):
@@ -403,7 +403,7 @@ def critic_loss(critic, inputs, returns):
     # Eq. 18   loss = (V - R̂)²;   ∂loss/∂V = 2 (V - R̂)
     error = outputs[:, 0] - returns
     d_outputs = 2 * error[:, None] / len(inputs)  # the loss is a mean over rows
-    return (error * error).mean(), flatten(mlp_backward(critic, cache, d_outputs))
+    return error @ error / len(inputs), flatten(mlp_backward(critic, cache, d_outputs))
 
 
 # §7  Adam ----------
