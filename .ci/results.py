@@ -14,6 +14,7 @@ count from the start of the process, so leave the machine alone while they are m
 
 --keep FILE appends each run to a file as it ends, and does not repeat the runs that it finds there.
 It finds them by their settings. Start a new file when ppo.py learns or evaluates differently.
+tasks.jsonl, beside this file, has the runs of the table of tasks.
 """
 
 import argparse
