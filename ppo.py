@@ -292,8 +292,8 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
 
 
 # §5  Objectives ----------
-# All take the same arguments, needed or not, and return two arrays (B,): a loss, whose mean
-# is to be minimised, and its slope ∂loss/∂log π. For TRPO (Eq. 14) see §9.
+# All take log_prob, log_prob_old and advantages (B,), needed or not, and return two arrays
+# (B,): a loss, whose mean is to be minimised, and its slope ∂loss/∂log π. TRPO is in §9.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
@@ -727,7 +727,10 @@ def learn(agent, envs):
 
 
 def fisher_product(kl, theta, v, damping=0.1):
-    """Return F v + damping v (P,). F v is how ∇KL changes along v (P,); F may be singular."""
+    """Return F v + damping v (P,), where F v is how ∇KL changes along v (P,).
+
+    Damping helps where F is singular.
+    """
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
     machine_epsilon = float(np.finfo(theta.dtype).eps)
     h = 2 * machine_epsilon ** (1 / 3) / float(np.linalg.norm(v))
