@@ -82,7 +82,7 @@ TRY = [
     (dict(epochs=1), "Eq. 10: the data are used once"),
     (dict(epochs=40), "Eq. 10: only the clip keeps π_θ near π_θ_k"),
     (dict(ent_coef=0.1), "Eq. 17: the agent explores more"),
-    (dict(num_envs=1), "Eq. 4: 128 steps for each estimate, not 2,048"),
+    (dict(num_envs=1), "Eq. 4: 128 steps in each rollout, not 2,048"),
     (dict(lr=0.02), "Eq. 13: steps of θ are ten times as large"),
 ]
 
