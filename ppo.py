@@ -277,7 +277,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
         raise ValueError("rewards, terminated, truncated must be (T, N), values (T+1, N)")
     # Eq. 7, 8   Q - V = δ_t = r_t + γ V(s_{t+1}) - V(s_t)
     # V(s_{t+1}) is 0 after a true end. At a time limit the state still has its value.
-    next_values = np.where(terminated, 0, values[1:])
+    next_values = np.where(terminated, 0.0, values[1:])
     deltas = rewards + gamma * next_values - values[:-1]
     ended = np.logical_or(terminated, truncated)
     advantages = np.empty_like(deltas)
@@ -310,10 +310,10 @@ def importance_sampling(log_prob, log_prob_old, advantages):
     The ratio corrects the actions, but the states and Â are still those of π_θ_k. This
     error, and the variance of Eq. 11, grow away from θ_k. So all that follows keeps θ close.
     """
-    # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ/∂log π = ρ, so slope = loss
+    # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ/∂log π = ρ
     ratio = np.exp(log_prob - log_prob_old)
     loss = -ratio * advantages
-    slope = loss
+    slope = -ratio * advantages
     return loss, slope
 
 
@@ -375,9 +375,9 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
     """
     policy, cache = policy_forward(actor, inputs)
     log_prob, log_prob_grads = policy.log_prob(actions)
-    loss, slope = objective(log_prob, log_prob_old, advantages)
-    if slope.shape != log_prob.shape:
+    if not (log_prob_old.shape == advantages.shape == log_prob.shape):
         raise ValueError(f"log_prob_old and advantages must be {log_prob.shape}")
+    loss, slope = objective(log_prob, log_prob_old, advantages)
     # ∂loss/∂logits = ∂loss/∂log π · ∂log π/∂logits; likewise for mean and log_std
     d_policy = [slope[:, None] * grad for grad in log_prob_grads]
     if ent_coef > 0:
@@ -678,7 +678,7 @@ def learn(agent, envs):
         policy, _ = policy_forward(actor, agent.normalize(obs))
         return policy.sample(agent.rng)
 
-    seed = int(agent.rng.integers(2**31 - N))  # environment i gets seed + i
+    seed = int(agent.rng.integers(2**31 - N))  # separate environments get seed, seed + 1, ...
     obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
     while diary.steps < settings.total_steps:
         # Eq. 19, play: T steps in each environment with θ_k.
@@ -888,10 +888,15 @@ def make_envs(env, num_envs, render=False):
     """
     window = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
     try:
+        if render:
+            with closing(gym.make(env)) as single:
+                modes = single.metadata.get("render_modes", [])
+            if "human" not in modes and "rgb_array" not in modes:
+                raise UsageError(f"{env} cannot be shown: its metadata has no render mode human")
         envs = gym.make_vec(env, num_envs=num_envs, **window)
     except gym.error.NameNotFound as error:
         raise UsageError(f"{error} An environment of your own is module:Name-v0.") from error
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise UsageError(f"cannot make {env}: {error}") from error
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
@@ -920,7 +925,8 @@ def legal_actions(space, actions):
     if isinstance(space, gym.spaces.Discrete):
         return (space.start + actions).astype(space.dtype)
     width = space.high.astype(float) - space.low
-    is_bounded = width < np.finfo(np.float32).max  # this number often stands for infinity
+    is_bounded = space.bounded_below & space.bounded_above
+    is_bounded &= width < np.finfo(np.float32).max  # this number often stands for infinity
     low = np.where(is_bounded, space.low, -1.0)
     high = np.where(is_bounded, space.high, 1.0)
     actions = (high + low) / 2 + (high - low) / 2 * actions.reshape(-1, *space.shape)
@@ -1091,12 +1097,15 @@ def save(path, agent):
 def load(path, **chosen):
     """Return the agent in a policy file. Chosen settings win over those of the file.
 
-    Raises UsageError if it is not a policy file, or one of another task.
+    Its optimisers and β start afresh. Raises UsageError if it is not a policy file, or one of
+    another task.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         values = json.loads(str(arrays.pop("settings"))) | chosen
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("it has numbers that are not finite")
     except Exception as error:  # there are many ways in which a file can be broken
         raise UsageError(f"cannot use {path} as a policy: {error}") from error
     agent = new_agent(**values)
@@ -1143,6 +1152,8 @@ def program(save_path, load_path, play_path, log_path, render, **chosen):
         raise UsageError("a file needs a name")
     if play_path and (load_path or save_path or log_path):
         raise UsageError("--play only evaluates: leave out --load, --save and --log")
+    if log_path and log_path in (save_path, load_path):
+        raise UsageError("--log needs a file of its own")
     path = play_path or load_path
     agent = load(path, **chosen) if path else new_agent(**chosen)
     if render:

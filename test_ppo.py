@@ -28,7 +28,6 @@ import ppo  # before numpy, which reads the thread default that ppo sets
 import ast
 import copy
 import dataclasses
-import importlib.util
 import inspect
 import io
 import math
@@ -252,6 +251,8 @@ def test_eq9_every_pattern_of_endings(rng):
     for dtype in (bool, int):
         advantages = ppo.gae(rewards, values, *flags.astype(dtype), gamma=0.9, lam=0.8)
         assert_allclose(advantages, sums, atol=1e-14)
+    r = np.ones((2, 1), int)  # Â of integers is not rounded
+    assert_array_equal(ppo.gae(r, np.ones((3, 1), int), 0 * r, 0 * r, 1, 0.5), [[1.5], [1]])
 
 
 def test_eq10_eq12_data_serve_one_gradient_step():
@@ -274,7 +275,7 @@ def test_eq10_eq12_data_serve_one_gradient_step():
     assert np.linalg.norm(gradient - numerical_gradient(minus_J, new)) > 0.1
 
 
-def test_eq10_eq12_eq15_eq16_reuse_in_half_a_second(rng):
+def test_eq10_eq12_eq15_eq16_reuse(rng):
     """64 samples reused 200 times: pg and is end with one action. kl and clip stay stochastic, but
     the clip does not guarantee the ratio, because it only removes what drives it."""
     actions = ppo.Categorical(np.zeros((64, 3))).sample(rng)
@@ -592,7 +593,8 @@ def test_eq17_actor_loss_and_its_gradient(shapes, objective, ent_coef):
     def loss(theta):
         policy, _ = ppo.policy_forward(ppo.unflatten(theta, shapes), inputs)
         log_prob, _ = policy.log_prob(actions)
-        rows, _ = objective(log_prob, log_prob_old, advantages)
+        rows, slope = objective(log_prob, log_prob_old, advantages)
+        assert slope is not rows
         entropy, _ = policy.entropy()
         return (rows - ent_coef * entropy).mean()  # Eq. 17
 
@@ -683,6 +685,7 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: ppo.Categorical(np.zeros((16, 3))).log_prob(column),
         lambda: ppo.critic_loss([np.ones((1, 1)), np.zeros(1)], column, column),
         lambda: loss(inputs, actions, log_prob_old, column),
+        lambda: loss(inputs, actions, log_prob_old[:1], log_prob_old),
     ]
     for call in wrong:
         with pytest.raises(ValueError, match="must be"):
@@ -714,7 +717,7 @@ def test_each_definition_runs_alone_and_keeps_float32(space, objective, scale, m
 
     No number overflows, for constant, tiny and huge rewards.
     """
-    pasted = {"np": np, "math": math, "partial": partial}
+    pasted = {"np": np, "math": math}
     watched = []
     for node in DEFINITIONS:
         names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
@@ -752,10 +755,9 @@ def test_a_new_agent():
 
 def test_a_seed_gives_the_same_run_bit_for_bit():
     """Another seed gives another run."""
-    tiny = dict(num_envs=2, num_steps=8, total_steps=32)
-    first, _ = ppo.train(**tiny, seed=1)
-    again, _ = ppo.train(**tiny, seed=1)
-    other, _ = ppo.train(**tiny, seed=2)
+    first, _ = ppo.train(**SMALL, seed=1)
+    again, _ = ppo.train(**SMALL, seed=1)
+    other, _ = ppo.train(**SMALL, seed=2)
     assert_array_equal(first.theta, again.theta)
     assert (first.theta != other.theta).any()
 
@@ -852,7 +854,7 @@ def test_a_run_that_diverges_stops(name):
         next(learning)
 
 
-# E  The ends of episodes --------------------------------------------------------------------------
+# E  The ends of episodes --------------------------------------------
 
 
 class Toy(gym.Env):
@@ -958,7 +960,7 @@ def test_every_transition_is_learned_from_once(num_envs, num_steps, monkeypatch)
     assert sorted(learned) == sorted(played)
 
 
-# F  The tasks -------------------------------------------------------------------------------------
+# F  The tasks -------------------------------------------------------
 
 OBSERVATIONS = [
     gym.spaces.Box(0, 255, (3,), np.uint8),
@@ -1010,6 +1012,7 @@ LEGAL = [  # a space, what the policy wants, what the environment receives
     (gym.spaces.Box(LOW, HIGH), [0.5, -9, 9, -9], [0.25, 0, 9, -9]),
     (gym.spaces.Box(0, 255, (), np.uint8), [0.999], 255),
     (gym.spaces.Box(-5, 5, (3,), np.int64), [0.5, -0.5, 0.55], [2, -2, 3]),
+    (gym.spaces.Box(-np.inf, np.inf, (2,), np.int64), [1, -1], [1, -1]),
 ]
 
 
@@ -1170,7 +1173,7 @@ def test_info_may_be_anything(info, monkeypatch):
     assert history[-1]["mean_return"] == 10
 
 
-# G  The command line and the README ---------------------------------------------------------------
+# G  The command line and the README ---------------------------------
 
 
 @pytest.fixture
@@ -1204,6 +1207,7 @@ toy(BOX, gym.spaces.MultiBinary(3), name="Wide-v0")
         ("--env Mine-v0", "module:Name-v0"),
         ("--env a:b:c", "a:b:c"),
         ("--env Wide-v0", "MultiBinary(3)"),
+        ("--env HalfCheetah-v3", "HalfCheetah-v3"),
         ("--play missing.npz", "missing.npz"),
         ("--play pole.npz --env Acrobot-v1", "does not fit Acrobot-v1"),
         ("--play pole.npz --save p.npz", "--play only evaluates"),
@@ -1213,6 +1217,7 @@ toy(BOX, gym.spaces.MultiBinary(3), name="Wide-v0")
         ("--save missing/", "missing/"),
         ("--save missing/p.npz", "missing/p.npz"),
         ("--log missing/run.csv", "missing/run.csv"),
+        ("--save p.npz --log p.npz", "of its own"),
         ("--render", "pygame"),
     ],
 )
@@ -1349,10 +1354,8 @@ for _ in range(200):
 def test_two_processes_save_to_one_file(folder, monkeypatch):
     """Neither fails, and what is left is one whole file."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    first = subprocess.Popen([sys.executable, "-c", SAVE_OFTEN])
-    second = subprocess.Popen([sys.executable, "-c", SAVE_OFTEN])
-    assert first.wait(timeout=300) == 0
-    assert second.wait(timeout=300) == 0
+    processes = [subprocess.Popen([sys.executable, "-c", SAVE_OFTEN]) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert os.listdir() == ["p.npz"]
     ppo.load("p.npz")
 
@@ -1391,6 +1394,7 @@ def test_files_that_are_no_policies_are_refused(flag, folder, capsys):
     Path("pickle.npz").write_bytes(pickle.dumps(Bomb()))
     np.savez("bomb.npz", **good | {"settings": np.array([Bomb()], object)})
     np.savez("shape.npz", **good | {"theta": good["theta"][:9]})
+    np.savez("nan.npz", **good | {"phi": np.nan * good["phi"]})
     for name in {*os.listdir()} - {"good.npz"}:
         _, err = run(f"{flag} {name}", capsys, 2)
         assert name in err
@@ -1418,14 +1422,12 @@ def test_an_interrupted_run_keeps_its_policy(name, call, folder, monkeypatch, ca
 
 
 DIVERGING = "--env Pendulum-v1 --ent-coef 10 --lr 0.5 --num-steps 512 --total-steps 20000"
-NOT_FINITE = "--env Toy-v0"
+BREAKS = [(DIVERGING, "smaller lr"), ("--env Toy-v0", "not finite")]
 
 
-@pytest.mark.parametrize(
-    ("command", "clue"), [(DIVERGING, "smaller lr"), (NOT_FINITE, "not finite")]
-)
+@pytest.mark.parametrize(("command", "clue"), BREAKS)
 def test_a_run_that_breaks_off_keeps_its_policy(command, clue, folder, monkeypatch, capsys):
-    """One line says what happened. The file has the last policy that was good."""
+    """One line says what happened. The file has a policy from before."""
 
     def reward(env, action):
         return np.nan if len(Toy.transitions) == 20 else 1.0
@@ -1466,8 +1468,6 @@ PROSE = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
 def test_the_python_of_the_readme_runs(folder, monkeypatch, capsys):
     """Its blocks run one after the other. What registers environments goes to my_module.py, too."""
     monkeypatch.syspath_prepend(os.getcwd())
-    monkeypatch.delitem(sys.modules, "my_module", raising=False)
-    monkeypatch.setenv("MPLBACKEND", "agg")
     run("--save policy.npz --log run.csv", capsys)
     namespace = {"__name__": "__main__"}
     small = re.sub(r"total_steps=[\d_]+", "total_steps=2_000", README)
@@ -1477,16 +1477,17 @@ def test_the_python_of_the_readme_runs(folder, monkeypatch, capsys):
         if "gym.register(" in code:
             with open("my_module.py", "a", encoding="utf-8") as module:
                 module.write(code)
-        if "pandas" not in code or importlib.util.find_spec("pandas"):
-            exec(compile(code, "README.md", "exec"), namespace)
+        exec(compile(code, "README.md", "exec"), namespace)
     for env in set(re.findall(r"my_module:[\w-]+", README)):
         run(f"--env {env}", capsys)
+    _, err = run("--env my_module:Mine-v0 --render", capsys, 2)
+    assert "render mode" in err
 
 
 def test_the_formulas_of_the_readme_survive_markdown():
     r"""Markdown changes a backslash before other characters than letters, as in \, and also }_."""
-    text = re.sub(r"\$`.*?`\$|`[^`]*`", "", PROSE)
-    formulas = re.findall(r"\$\$[^$]+\$\$|\$[^\s$][^$]*\$", text)
+    text = re.sub(r"`[^`]*`", "", PROSE)
+    formulas = re.findall(r"\$[^$]+\$", text)
     assert len(formulas) >= 19
     for formula in formulas:
         assert not re.search(r"\\[^A-Za-z]|\}_", formula), formula
@@ -1497,7 +1498,7 @@ def test_the_links_of_the_readme_lead_somewhere():
     headings = re.findall(r"^#+ (.+)$", PROSE, re.M)
     anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
     links = re.findall(r"\]\(([^)\s]+)\)", PROSE)
-    links += re.findall(r'(?:href|src)="([^"]+)"', PROSE)
+    links += re.findall(r'src="([^"]+)"', PROSE)
     for link in links:
         path, _, anchor = link.partition("#")
         if path == "":
@@ -1509,7 +1510,7 @@ def test_the_links_of_the_readme_lead_somewhere():
 def test_the_formula_map_of_the_readme_names_what_exists():
     """Every name in its last column is a function, class or method of ppo.py."""
     section = README.split("\n## Formula map")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (?:Eq\. )?\d+ \|.*\|$", section, re.M)
+    rows = re.findall(r"^\| \d+ \|.*\|$", section, re.M)
     assert len(rows) == 19
     source = inspect.getsource(ppo)
     for row in rows:
