@@ -16,11 +16,12 @@ The algorithm (Eq. 19)                                                where
     repeat until all steps are used up                                §8
         play T steps in each of N environments, with the policy π_θ   §3
         judge: advantages Â from V_φ by GAE, and returns R̂ = Â + V_φ  §4
-        learn: in minibatches of B rows,
-            K times move θ against the gradient of the actor's loss   §5, §6, §7
-            K times move φ against the gradient of the critic's loss  §6, §7
+        learn, K passes each, in minibatches of B rows:
+            move θ against the gradient of the actor's loss           §5, §6, §7
+            move φ against the gradient of the critic's loss          §6, §7
 
-While θ moves, the data stay those of the θ that played: θ_k in the lectures, _old in names.
+While θ moves, the data stay those of the θ that played: in the lectures θ_k or θ', in
+names _old.
 
 Names
     N, T, K, B     num_envs, num_steps, epochs, minibatch_size; in shapes, B is any number
@@ -76,8 +77,8 @@ def unflatten(vector, shapes):
 def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
     """Return new parameters for layers of these sizes, e.g. [4, 64, 64, 2].
 
-    Each W (fan_in, fan_out) is √2, in the last layer out_gain, times a random orthogonal
-    matrix, which keeps the size of signals (Saxe et al. 2014). Each b is 0.
+    Each W (fan_in, fan_out) is a random orthogonal matrix, which keeps the size of signals
+    (Saxe et al. 2014), times √2, in the last layer times out_gain. Each b is 0.
     """
     params = []
     num_layers = len(sizes) - 1
@@ -243,7 +244,7 @@ def rollout(envs, act, obs, num_steps):
 
         t   observations[t]   actions[t]   rewards[t]   terminated[t]
         7   s_7               a_7          r_7          True            the episode ends
-        8   its last state    ignored      0            False           the reset
+        8   s_8, the last     ignored      0            False           the reset
         9   s_1               a_1          r_1          False           the next episode
     """
     dtype = np.result_type(obs, np.float32)
@@ -276,24 +277,24 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     if not (values.shape == (T + 1, N) and terminated.shape == truncated.shape == (T, N)):
         raise ValueError("rewards, terminated, truncated must be (T, N), values (T+1, N)")
     # Eq. 7, 8   Q - V = δ_t = r_t + γ V(s_{t+1}) - V(s_t)
-    # V(s_{t+1}) is 0 after a true end. At a time limit the state still has its value.
+    # V(s_{t+1}) is 0 after a true end. At a time limit or the rollout's end it stays.
     next_values = np.where(terminated, 0.0, values[1:])
     deltas = rewards + gamma * next_values - values[:-1]
     ended = np.logical_or(terminated, truncated)
     advantages = np.empty_like(deltas)
     next_advantage = np.zeros_like(deltas[0])
     for t in reversed(range(T)):
-        # After either ending the next row belongs to another episode.
+        # After either ending nothing of this episode follows.
         next_advantage = np.where(ended[t], 0, next_advantage)
-        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   λ = 1 makes it R_t (Eq. 5) - V(s_t)
+        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   before a true end λ = 1 makes it R_t (Eq. 5) - V(s_t)
         advantages[t] = deltas[t] + gamma * lam * next_advantage
         next_advantage = advantages[t]
     return advantages
 
 
 # §5  Objectives ----------
-# All take log_prob, log_prob_old and advantages (B,), needed or not, and return two arrays
-# (B,): a loss, whose mean is to be minimised, and its slope ∂loss/∂log π. TRPO is in §9.
+# Each takes log_prob, log_prob_old and advantages (B,), needed or not, and returns two arrays
+# (B,): a loss, whose mean over rows is minimised, and its slope ∂loss/∂log π. TRPO is in §9.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
@@ -426,14 +427,14 @@ class Adam:
         self.v = np.zeros_like(theta)
         self.t = 0
 
-    # The paper's eps is 1e-8. A larger one keeps steps small where gradients are almost 0.
+    # Each number moves by about lr, whatever its gradient's size. eps is for sizes near 0.
     def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
         """Move theta against the gradient (P,) with learning rate lr."""
         self.t += 1
         # m and v are running means of g and g²:   m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
         self.m += (1 - beta1) * (gradient - self.m)
         self.v += (1 - beta2) * (gradient * gradient - self.v)
-        # They start at 0, which m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ) correct.
+        # They start at 0. m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ) correct that.
         m_hat = self.m / (1 - beta1**self.t)
         v_hat = self.v / (1 - beta2**self.t)
         # θ ← θ - lr m̂ / (√v̂ + eps)
@@ -469,7 +470,7 @@ class Settings:
     ent_coef: float = setting(0.0, "c, entropy bonus, Eq. 17; falls to 0", 0, 10)
     max_grad_norm: float = setting(0.5, "longer gradients are shortened", 1e-6, 1e6)
     hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any", 1, 8192)
-    normalize_steps: int = setting(1, "steps that update the normalisation", 0, 10**12)
+    normalize_steps: int = setting(1, "steps that set the normalisation, at least", 0, 10**12)
     log_std_init: float = setting(0.0, "log_std of actions at first", -5, 2)
     eval_episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
 
@@ -485,11 +486,11 @@ class Agent:
         obs_dim = gym.spaces.flatdim(self.obs_space)
         act_dim = gym.spaces.flatdim(self.action_space)
 
-        # The small gain makes all actions about equally likely at first.
+        # The small gain makes π about the same in all states at first.
         actor = init_mlp([obs_dim, *settings.hidden, act_dim], self.rng, out_gain=0.01)
         if isinstance(self.action_space, gym.spaces.Box):
             actor.append(np.full(act_dim, settings.log_std_init, np.float32))
-        # Without hidden layers V is a table. Random values would make the first Â noisy.
+        # Without hidden layers V is a table (§10). Random values would make the first Â noisy.
         critic_gain = 1.0 if settings.hidden else 0.0
         critic = init_mlp([obs_dim, *settings.hidden, 1], self.rng, critic_gain)
 
@@ -500,7 +501,6 @@ class Agent:
         self.actor_adam = Adam(self.theta)
         self.critic_adam = Adam(self.phi)
         self.beta = 1.0
-        # normalize uses obs_mean and obs_std. obs_stats describes all that was seen.
         self.obs_mean = np.zeros(obs_dim)
         self.obs_std = np.ones(obs_dim)
         self.obs_stats = RunningMeanStd(epsilon=0, shape=obs_dim)
@@ -528,8 +528,8 @@ class Agent:
     def observe(self, obs):
         """Update obs_stats from observations (B, obs_dim) that were played.
 
-        obs_mean and obs_std follow it for normalize_steps steps, and later only where a
-        component leaves ±10, so that the clip hides its values.
+        obs_mean and obs_std follow it until it has counted normalize_steps steps, and later
+        only where a component leaves ±10, where the clip hides its values.
         """
         if self.settings.normalize_steps == 0:
             return
@@ -584,7 +584,7 @@ def update(agent, inputs, actions, advantages, returns, remaining):
     lr = settings.lr * remaining
     actor_lr = lr if settings.actor_lr is None else settings.actor_lr * remaining
     ent_coef = settings.ent_coef * remaining
-    # Eq. 6: the mean is a baseline, too. The lectures do not divide by the deviation.
+    # Eq. 6: the mean is a baseline, too. Dividing (not in the lectures) fixes the scale.
     normalized_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy_old, _ = policy_forward(actor, inputs)  # θ is still θ_k
     log_prob_old, _ = policy_old.log_prob(actions)
@@ -676,7 +676,7 @@ def learn(agent, envs):
 
     def act(obs):
         policy, _ = policy_forward(actor, agent.normalize(obs))
-        return policy.sample(agent.rng)
+        return policy.sample(agent.rng)  # envs make it legal (§10)
 
     seed = int(agent.rng.integers(2**31 - N))  # separate environments get seed, seed + 1, ...
     obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
@@ -691,7 +691,7 @@ def learn(agent, envs):
         if not is_transition.any():
             continue  # a rollout of a single step may have resets only
 
-        # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards (not in the lectures) keep V near 1.
+        # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards (not in the lectures) keep V small.
         agent.return_stats.update(discounted)
         rewards /= np.sqrt(agent.return_stats.var + 1e-8)
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
@@ -768,7 +768,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), g)
     # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g
     step = np.sqrt(2 * delta / (x @ g)) * x
-    for _ in range(10):  # Δ is right only near θ_k: halve it until KL and the loss agree
+    for _ in range(10):  # Δ is right only near θ_k: halve it until both conditions hold
         kl_new, _ = kl(theta + step)
         loss_new, _ = surrogate(theta + step)
         if kl_new <= delta and loss_new < loss_old:
