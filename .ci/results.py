@@ -98,7 +98,7 @@ def tasks(args):
     lines = []
     for (env_id, steps, _), results in zip(chosen_tasks, play(args, experiments), strict=True):
         best = number(optimum(env_id)) if is_table(env_id) else "-"
-        print_row(env_id, f"{steps:,}", *mean_and_worst(results), best)
+        print_row(env_id, f"{steps / 1e6:g}M", *mean_and_worst(results), best)
         means = " ".join(rounded(result["mean"]) for result in results)
         lines.append(f"{name(env_id)}: {means}")
     print("\n```text")
