@@ -1,7 +1,7 @@
 """Change the algorithm in ppo.py one place at a time, and see whether the tests notice.
 
     python .ci/mutate.py                  every mutant
-    python .ci/mutate.py --sample 25      25 of them, the same ones as long as ppo.py stays the same
+    python .ci/mutate.py --sample 20      20 of them, the same ones as long as ppo.py stays the same
     python .ci/mutate.py --only gae       those with this text in their name
     python .ci/mutate.py --list           only print the names
 
