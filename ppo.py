@@ -427,7 +427,7 @@ class Adam:
         self.v = np.zeros_like(theta)
         self.t = 0
 
-    # Each number moves by about lr, whatever its gradient's size. eps is for sizes near 0.
+    # Each parameter moves by about lr, whatever its gradient's size. eps is for sizes near 0.
     def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
         """Move theta against the gradient (P,) with learning rate lr."""
         self.t += 1
@@ -884,11 +884,13 @@ class WithoutInfo(gym.Wrapper):
 def make_envs(env, num_envs, render=False):
     """Return N environments with observations (N, obs_dim) that take a policy's actions.
 
-    Raises UsageError if there is no such environment, or if its spaces cannot be used.
+    Raises UsageError if there is no such environment, if its spaces cannot be used, or if it
+    cannot be shown.
     """
-    window = {"vectorization_mode": "sync", "render_mode": "human"} if render else {}
+    window = {}
     try:
         if render:
+            window = {"vectorization_mode": "sync", "render_mode": "human"}
             with closing(gym.make(env)) as single:
                 modes = single.metadata.get("render_modes", [])
             if "human" not in modes and "rgb_array" not in modes:

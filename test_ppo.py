@@ -858,7 +858,7 @@ def test_a_run_that_diverges_stops(name):
 
 
 class Toy(gym.Env):
-    """Random observations of any space, and reward 1 for every action of its action space.
+    """Random observations of any space, and reward 1 for every legal action.
 
     Its episodes end truly after a number of steps in ends, or at a time limit after one in limits.
     """
@@ -1207,12 +1207,12 @@ toy(BOX, gym.spaces.MultiBinary(3), name="Wide-v0")
         ("--env Mine-v0", "module:Name-v0"),
         ("--env a:b:c", "a:b:c"),
         ("--env Wide-v0", "MultiBinary(3)"),
-        ("--env HalfCheetah-v3", "HalfCheetah-v3"),
+        ("--env HalfCheetah-v3", "-v3"),
         ("--play missing.npz", "missing.npz"),
         ("--play pole.npz --env Acrobot-v1", "does not fit Acrobot-v1"),
-        ("--play pole.npz --save p.npz", "--play only evaluates"),
-        ("--play pole.npz --load p.npz", "--play only evaluates"),
-        ("--play pole.npz --log run.csv", "--play only evaluates"),
+        ("--play pole.npz --save p.npz", "--play only"),
+        ("--play pole.npz --load p.npz", "--play only"),
+        ("--play pole.npz --log run.csv", "--play only"),
         ("--save=", "name"),
         ("--save missing/", "missing/"),
         ("--save missing/p.npz", "missing/p.npz"),
