@@ -1,4 +1,3 @@
-#!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium>=1.0", "numpy>=1.26"]
@@ -8,14 +7,13 @@
     python ppo.py --env CartPole-v1
 
 Every gradient is written by hand. Read from top to bottom, with the lectures beside it.
-`Eq. 9` in a comment is the formula that the code below it computes. README.md lists all
-nineteen; test_ppo.py checks them.
+`Eq. 9` in a comment is the formula that the code below it computes. README.md lists all 19.
 
 The algorithm (Eq. 19)                                                where
     create the actor θ and the critic φ                               §1, §2
     repeat until all steps are used up                                §8
         play T steps in each of N environments, with the policy π_θ   §3
-        judge: advantages Â from V_φ by GAE, and returns R̂ = Â + V_φ  §4
+        judge: advantages Â from V_φ by GAE, and returns R̂ = Â + V_φ  §4, §8
         learn, K passes each, in minibatches of B rows:
             move θ against the gradient of the actor's loss           §5, §6, §7
             move φ against the gradient of the critic's loss          §6, §7
@@ -24,9 +22,9 @@ While θ moves, the data stay those of the θ that played: in the lectures θ_k 
 names _old.
 
 Names
-    N, T, K, B     num_envs, num_steps, epochs, minibatch_size; in shapes, B is any number
-    n, d, P        how many actions, components of an action, parameters
-    s, a, Â, R̂, ρ  observations (normalised: inputs), actions, advantages, returns, ratio
+    N, T, K        num_envs, num_steps, epochs
+    n, d, P, B     how many actions, components of an action, parameters, rows of a batch
+    s, a, Â, R̂, ρ  observations, actions, advantages, returns, ratio
     θ, φ           theta, phi: vectors (P,); actor, critic: the same as lists of arrays
     γ, λ, ε, β, c  gamma, lam, clip or epsilon, beta, ent_coef
 """
@@ -37,25 +35,24 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import csv
 import json
 import math
-import numbers
 import sys
 import time
+import traceback
 from collections import deque
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.wrappers.utils import RunningMeanStd
+from gymnasium.wrappers.utils import update_mean_var_count_from_moments
 from gymnasium.wrappers.vector import FlattenObservation, TransformAction, TransformObservation
 
 # §1  Networks ----------
 # Actor and critic are networks of layers x W + b, with tanh between them. A network is a
-# list of arrays [W1, b1, W2, b2, ...]. An optimiser sees it as one long vector.
+# list of arrays [W1, b1, W2, b2, ...]. Adam (§7) and TRPO (§9) see it as one long vector.
 
 
 def flatten(arrays):
@@ -77,8 +74,8 @@ def unflatten(vector, shapes):
 def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
     """Return new parameters for layers of these sizes, e.g. [4, 64, 64, 2].
 
-    Each W (fan_in, fan_out) is a random orthogonal matrix, which keeps the size of signals
-    (Saxe et al. 2014), times √2, in the last layer times out_gain. Each b is 0.
+    Each W (fan_in, fan_out) is orthogonal, which keeps the size of signals (Saxe et al.
+    2014), times √2, in the last layer times out_gain. Each b is 0.
     """
     params = []
     num_layers = len(sizes) - 1
@@ -96,14 +93,10 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
 
 
 def mlp_forward(params, inputs):
-    """Return outputs (B, out_dim) for inputs (B, in_dim), and a cache: each layer's input.
-
-    A log_std (§2) at the end of params belongs to no layer.
-    """
-    num_layers = len(params) // 2
+    """Return outputs (B, out_dim) for inputs (B, in_dim), and a cache: each layer's input."""
     cache = []
     x = inputs
-    for layer in range(num_layers):
+    for layer in range(len(params) // 2):  # a policy's log_std (§2) at the end is no layer
         W = params[2 * layer]
         b = params[2 * layer + 1]
         if layer > 0:
@@ -132,13 +125,13 @@ def mlp_backward(params, cache, d_outputs):
 
 # §2  Policies ----------
 # A policy is a distribution over actions for each state of a batch. log_prob and entropy
-# return a number for each state (B,), and its gradients: one array for each parameter of
-# the policy (the logits, or mean and log_std), with a row for each state.
+# return a number for each state (B,), and its gradients by the logits, or by mean and
+# log_std: an array each, with a row for each state.
 
 
 def log_softmax(logits):
     """Return log π(·|s) (B, n) for logits (B, n)."""
-    logits = np.asfortranarray(logits)  # long columns add up faster than short rows
+    logits = np.asfortranarray(logits)  # the same numbers; long columns add up faster
     shifted = logits - logits.max(axis=-1, keepdims=True)  # exp cannot overflow
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -160,11 +153,11 @@ class Categorical:
 
     def log_prob(self, actions):
         """Return log π(a|s) (B,) of actions (B,), and its gradients [(B, n)]."""
-        if actions.shape != self.logits.shape[:1]:
-            raise ValueError(f"actions must be {self.logits.shape[:1]}, not {actions.shape}")
+        assert actions.shape == self.logits.shape[:1]
+        assert (actions >= 0).all()
         log_probs = log_softmax(self.logits)
         rows = np.arange(len(actions))
-        # Eq. 3, 4   ∇log π starts with ∂ log π(a) / ∂ logits = onehot(a) - π
+        # ∂ log π(a) / ∂ logits = onehot(a) - π, the first factor of ∇log π (Eq. 4)
         grad_logits = -np.exp(log_probs)
         grad_logits[rows, actions] += 1
         return log_probs[rows, actions], [grad_logits]
@@ -173,8 +166,9 @@ class Categorical:
         """Return H(π) (B,), and its gradients [(B, n)]."""
         log_probs = log_softmax(self.logits)
         probs = np.exp(log_probs)
-        # Eq. 17   H = -Σ π log π;   ∂H / ∂ logits = -π (log π + H)
+        # Eq. 17   H = -Σ π log π
         entropy = -(probs * log_probs).sum(axis=-1)
+        # Eq. 3   With ∇π = π ∇log π, and thus Σ π ∇log π = 0:   ∂H / ∂ logits = -π (log π + H)
         grad_logits = -probs * (log_probs + entropy[:, None])
         return entropy, [grad_logits]
 
@@ -198,23 +192,19 @@ class Gaussian:
 
     def log_prob(self, actions):
         """Return log π(a|s) (B,) of actions (B, d), and its gradients [(B, d), (B, d)]."""
-        if actions.shape != self.mean.shape:
-            raise ValueError(f"actions must be {self.mean.shape}, not {actions.shape}")
+        assert actions.shape == self.mean.shape
         z = (actions - self.mean) / self.std
-        # Eq. 3, 4   log π = -Σ (½z² + log std + ½ log 2π), and ∇log π starts with
-        #            ∂ log π / ∂mean = z / std,   ∂ log π / ∂log_std = z² - 1
+        # log π = -Σ (½z² + log std + ½ log 2π)
         log_prob = -(0.5 * z * z + self.log_std + 0.5 * math.log(2 * math.pi)).sum(axis=-1)
-        grad_mean = z / self.std
-        grad_log_std = z * z - 1
-        return log_prob, [grad_mean, grad_log_std]
+        # ∂ log π / ∂ mean = z / std,   ∂ log π / ∂ log_std = z² - 1
+        return log_prob, [z / self.std, z * z - 1]
 
     def entropy(self):
         """Return H(π) (B,), and its gradients [(B, d), (B, d)]."""
-        # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H / ∂log_std = 1
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        grad_mean = np.zeros_like(self.mean)
-        grad_log_std = np.ones_like(self.mean)
-        return np.full(len(self.mean), entropy), [grad_mean, grad_log_std]
+        # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H / ∂ log_std = 1
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(axis=-1)
+        grads = [np.zeros_like(self.mean), np.ones_like(self.mean)]
+        return np.full(len(self.mean), entropy), grads
 
 
 def policy_forward(actor, inputs):
@@ -223,9 +213,9 @@ def policy_forward(actor, inputs):
     It is Gaussian if actor ends in a log_std (d,), otherwise Categorical.
     """
     outputs, cache = mlp_forward(actor, inputs)
-    has_log_std = len(actor) % 2 == 1
-    policy = Gaussian(outputs, actor[-1]) if has_log_std else Categorical(outputs)
-    return policy, cache
+    if len(actor) % 2 == 1:
+        return Gaussian(outputs, actor[-1]), cache
+    return Categorical(outputs), cache
 
 
 # §3  Trajectory ----------
@@ -235,28 +225,27 @@ def rollout(envs, act, obs, num_steps):
     """Play num_steps steps in N environments. act maps observations to actions (N, ...).
 
     envs is a Gymnasium vector environment, obs (N, obs_dim) its last observation. Returns
-    observations (T+1, N, obs_dim) in float32, or float64 if obs needs it, actions (T, N, ...),
-    rewards (T, N) in float32, terminated and truncated (T, N). Raises FloatingPointError if a
-    number is not finite.
+    observations (T+1, N, obs_dim), actions (T, N, ...), rewards, terminated and truncated
+    (T, N), in float32 (observations in float64 if obs is).
 
-    An episode is terminated at a true end, and truncated where a time limit stops it. The
-    step after either only resets (Gymnasium's NEXT_STEP): do not learn from its row.
+    An episode is terminated at a true end, truncated at a time limit. The step after either
+    only resets (Gymnasium's NEXT_STEP): learn (§8) leaves out its row.
 
         t   observations[t]   actions[t]   rewards[t]   terminated[t]
         7   s_7               a_7          r_7          True            the episode ends
         8   s_8, the last     ignored      0            False           the reset
         9   s_1               a_1          r_1          False           the next episode
     """
-    dtype = np.result_type(obs, np.float32)
-    observations = np.empty((num_steps + 1, *obs.shape), dtype)
+    observations = np.empty((num_steps + 1, *obs.shape), np.result_type(obs, np.float32))
     rewards = np.empty((num_steps, len(obs)), np.float32)
-    terminated = np.empty((num_steps, len(obs)), bool)
-    truncated = np.empty((num_steps, len(obs)), bool)
+    terminated = np.empty(rewards.shape, bool)
+    truncated = np.empty(rewards.shape, bool)
     actions = []
-    # Eq. 1   τ = (s_1, a_1, r_1, s_2, a_2, r_2, ...)
+    # Eq. 1   τ = (s_1, a_1, r_1, s_2, ...) is drawn from
+    #         p_θ(τ) = p(s_1) Π π_θ(a_t|s_t) p(s_{t+1}|s_t, a_t)
     observations[0] = obs
     for t in range(num_steps):
-        actions.append(act(observations[t]))
+        actions.append(act(observations[t]))  # a_t ~ π_θ(·|s_t), the only factor with θ
         observations[t + 1], rewards[t], terminated[t], truncated[t], _ = envs.step(actions[t])
     if not (np.isfinite(observations).all() and np.isfinite(rewards).all()):
         raise FloatingPointError("the environment returned a number that is not finite")
@@ -270,23 +259,27 @@ def rollout(envs, act, obs, num_steps):
 def gae(rewards, values, terminated, truncated, gamma, lam):
     """Generalized Advantage Estimation (Schulman et al. 2016): return Â (T, N).
 
-    rewards, terminated and truncated (booleans or 0/1) are (T, N), values (T+1, N). Rows of
-    resets get meaningless numbers. Raises ValueError for other shapes.
+    rewards, terminated and truncated (booleans or 0/1) are (T, N), values (T+1, N). Step t
+    led to the state of values[t+1], also where an episode ends. Rows of resets mean nothing.
     """
-    T, N = rewards.shape
-    if not (values.shape == (T + 1, N) and terminated.shape == truncated.shape == (T, N)):
-        raise ValueError("rewards, terminated, truncated must be (T, N), values (T+1, N)")
-    # Eq. 7, 8   Q - V = δ_t = r_t + γ V(s_{t+1}) - V(s_t)
+    shapes = {rewards.shape, terminated.shape, truncated.shape, values[1:].shape}
+    if rewards.ndim != 2 or len(shapes) > 1:
+        raise ValueError("all must be (T, N), for one environment (T, 1), and values (T+1, N)")
+    gamma = float(gamma)  # a numpy scalar would widen float32 arrays
+    lam = float(lam)
+    # Eq. 7   Q(s_t, a_t) = r_t + γ V(s_{t+1}), from one sample of s_{t+1}
     # V(s_{t+1}) is 0 after a true end. At a time limit or the rollout's end it stays.
-    next_values = np.where(terminated, 0.0, values[1:])
-    deltas = rewards + gamma * next_values - values[:-1]
+    q_values = rewards + gamma * np.where(terminated, 0.0, values[1:])
+    # Eq. 7, 8   A = Q - V, after one step the TD error δ_t
+    deltas = q_values - values[:-1]
     ended = np.logical_or(terminated, truncated)
     advantages = np.empty_like(deltas)
     next_advantage = np.zeros_like(deltas[0])
-    for t in reversed(range(T)):
+    for t in reversed(range(len(rewards))):
         # After either ending nothing of this episode follows.
         next_advantage = np.where(ended[t], 0, next_advantage)
-        # Eq. 9   Â_t = δ_t + γλ Â_{t+1};   before a true end λ = 1 makes it R_t (Eq. 5) - V(s_t)
+        # Eq. 9   Â_t = δ_t + γλ Â_{t+1}
+        # Eq. 5   λ = 1, up to a true end: Â_t + V(s_t) = R_t = r_t + γ R_{t+1}, the reward-to-go
         advantages[t] = deltas[t] + gamma * lam * next_advantage
         next_advantage = advantages[t]
     return advantages
@@ -294,7 +287,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
 
 # §5  Objectives ----------
 # Each takes log_prob, log_prob_old and advantages (B,), needed or not, and returns two arrays
-# (B,): a loss, whose mean over rows is minimised, and its slope ∂loss/∂log π. TRPO is in §9.
+# (B,): a loss, whose mean over rows is minimised, and its slope ∂loss/∂log π.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
@@ -308,10 +301,10 @@ def policy_gradient(log_prob, log_prob_old, advantages):
 def importance_sampling(log_prob, log_prob_old, advantages):
     """The surrogate (Eq. 12): data of π_θ_k, reweighted by importance sampling (Eq. 11).
 
-    The ratio corrects the actions, but the states and Â are still those of π_θ_k. This
-    error, and the variance of Eq. 11, grow away from θ_k. So all that follows keeps θ close.
+    The ratio corrects the actions, but the states and Â are still those of π_θ_k. This error
+    and the variance of Eq. 11 grow as θ moves away. So the objectives below keep θ close.
     """
-    # Eq. 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∂ρ/∂log π = ρ
+    # Eq. 3, 11, 12   loss = -ρ Â, ρ = π_θ(a|s) / π_θ_k(a|s);   ∇π = π ∇log π, so ∂ρ/∂log π = ρ
     ratio = np.exp(log_prob - log_prob_old)
     loss = -ratio * advantages
     slope = -ratio * advantages
@@ -332,6 +325,7 @@ def kl_divergence(log_prob, log_prob_old, advantages=None):
 
 def kl_penalty(log_prob, log_prob_old, advantages, beta):
     """PPO1 (Eq. 15): the surrogate, and beta as the price of moving away from π_θ_k."""
+    beta = float(beta)
     loss, slope = importance_sampling(log_prob, log_prob_old, advantages)
     kl, kl_slope = kl_divergence(log_prob, log_prob_old)
     # Eq. 15   loss = -(ρ Â - β KL)
@@ -340,18 +334,20 @@ def kl_penalty(log_prob, log_prob_old, advantages, beta):
 
 def adapt_beta(beta, kl, target):
     """Return the next β, given this iteration's KL (Eq. 15; Schulman et al. 2017)."""
-    kl_max = 1.5 * target
-    kl_min = target / 1.5
     # Eq. 15   KL > KL_max: β grows;   KL < KL_min: β shrinks
-    if kl > kl_max:
+    if kl > 1.5 * target:
         return min(2 * beta, 1e4)
-    if kl < kl_min:
+    if kl < target / 1.5:
         return max(beta / 2, 1e-4)
     return beta
 
 
 def clip(log_prob, log_prob_old, advantages, epsilon):
-    """PPO2 (Eq. 16): the surrogate, but moving ρ beyond 1 ± epsilon gains nothing."""
+    """PPO2 (Eq. 16): the surrogate, but moving ρ beyond 1 ± epsilon gains nothing.
+
+    Without the min, rows that moved the wrong way could not come back.
+    """
+    epsilon = float(epsilon)
     ratio = np.exp(log_prob - log_prob_old)
     surrogate = ratio * advantages
     clipped = ratio.clip(1 - epsilon, 1 + epsilon) * advantages
@@ -372,7 +368,7 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
     """Return the actor's mean loss over B rows, and its gradient (P,).
 
     objective is a function of §5. inputs are (B, obs_dim), actions (B,) or (B, d),
-    log_prob_old and advantages (B,). Raises ValueError for other shapes.
+    log_prob_old and advantages (B,).
     """
     policy, cache = policy_forward(actor, inputs)
     log_prob, log_prob_grads = policy.log_prob(actions)
@@ -383,27 +379,25 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
     d_policy = [slope[:, None] * grad for grad in log_prob_grads]
     if ent_coef > 0:
         # Eq. 17   loss - c H(π_θ)
+        c = float(ent_coef)
         entropy, entropy_grads = policy.entropy()
-        loss = loss - ent_coef * entropy
-        for i in range(len(d_policy)):
-            d_policy[i] = d_policy[i] - ent_coef * entropy_grads[i]
-    grads = mlp_backward(actor, cache, d_policy[0] / len(inputs))  # the loss is a mean over rows
-    if isinstance(policy, Gaussian):
-        grads.append(d_policy[1].mean(axis=0))  # all rows share one log_std
+        loss = loss - c * entropy
+        d_policy = [d - c * grad for d, grad in zip(d_policy, entropy_grads, strict=True)]
+    d_outputs = d_policy[0] / len(inputs)  # the loss is a mean over rows
+    grads = mlp_backward(actor, cache, d_outputs)
+    if len(d_policy) == 2:  # Gaussian: all rows use one log_std, so its gradients add up
+        grads.append(d_policy[1].sum(axis=0) / len(inputs))
     return loss.sum() / len(inputs), flatten(grads)
 
 
 def critic_loss(critic, inputs, returns):
-    """Return the critic's mean loss over B rows, and its gradient (P,).
-
-    inputs are (B, obs_dim), returns (B,). Raises ValueError for other shapes.
-    """
+    """Return the mean loss, and its gradient (P,), for inputs (B, obs_dim), returns (B,)."""
     outputs, cache = mlp_forward(critic, inputs)
     if returns.shape != outputs.shape[:1]:
         raise ValueError(f"returns must be {outputs.shape[:1]}, not {returns.shape}")
     # Eq. 18   loss = (V - R̂)²;   ∂loss/∂V = 2 (V - R̂)
     error = outputs[:, 0] - returns
-    d_outputs = 2 * error[:, None] / len(inputs)  # the loss is a mean over rows
+    d_outputs = 2 * error[:, None] / len(inputs)
     return error @ error / len(inputs), flatten(mlp_backward(critic, cache, d_outputs))
 
 
@@ -414,7 +408,8 @@ def clip_by_global_norm(gradient, max_norm):
     """Return the gradient (P,), scaled down to the length max_norm if it is longer."""
     norm = float(np.sqrt(gradient @ gradient))
     if norm > max_norm:
-        return gradient * (max_norm / norm)
+        scale = float(max_norm / norm)
+        return gradient * (scale or math.nan)  # 0 would hide that the norm overflowed
     return gradient
 
 
@@ -427,9 +422,9 @@ class Adam:
         self.v = np.zeros_like(theta)
         self.t = 0
 
-    # Each parameter moves by about lr, whatever its gradient's size. eps is for sizes near 0.
     def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
-        """Move theta against the gradient (P,) with learning rate lr."""
+        """Move theta against the gradient (P,): each number by about lr. eps avoids 0 / 0."""
+        assert gradient.shape == self.theta.shape
         self.t += 1
         # m and v are running means of g and g²:   m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
         self.m += (1 - beta1) * (gradient - self.m)
@@ -444,35 +439,35 @@ class Adam:
 # §8  PPO ----------
 
 
-def setting(default, help, low=None, high=None):
-    """A field of Settings: its default, the help text of its flag, and its range."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def setting(default, help):
+    """A field of Settings, with the help text of its flag."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. The command line has a flag for each."""
+    """Every setting of a run. Each has a flag."""
 
-    env: str = setting("CartPole-v1", "Gymnasium name; module:Name-v0 imports a module")
-    seed: int = setting(0, "seed of everything random in ppo.py", 0, 2**32 - 1)
-    total_steps: int = setting(500_000, "environment steps, resets included", 1, 10**12)
-    num_envs: int = setting(16, "N, environments side by side", 1, 4096)
-    num_steps: int = setting(128, "T, steps of each environment in a rollout", 1, 10**6)
-    epochs: int = setting(6, "K, passes over the same data, Eq. 10", 1, 1000)
-    minibatch_size: int = setting(128, "B, rows in a gradient step, at most", 1, 10**9)
-    lr: float = setting(2e-3, "learning rate; falls to 0", 1e-9, 1)
-    actor_lr: float = setting(None, "learning rate of the actor, if not lr", 1e-9, 1)
-    gamma: float = setting(0.995, "discount, Eq. 5", 0, 1)
-    lam: float = setting(0.95, "lambda of GAE, Eq. 9", 0, 1)
+    env: str = setting("CartPole-v1", "name in Gymnasium, or module:Name-v0")
+    seed: int = setting(0, "seed of everything random in ppo.py")
+    total_steps: int = setting(500_000, "environment steps, resets included")
+    num_envs: int = setting(16, "N, environments side by side")
+    num_steps: int = setting(128, "T, steps of each environment in a rollout")
+    epochs: int = setting(6, "K, passes over the same data, Eq. 10")
+    minibatch_size: int = setting(128, "rows in a gradient step, at most")
+    lr: float = setting(2e-3, "learning rate; falls to 0")
+    actor_lr: float = setting(None, "learning rate of the actor, if not lr")
+    gamma: float = setting(0.995, "discount, Eq. 5")
+    lam: float = setting(0.95, "lambda of GAE, Eq. 9")
     objective: str = setting("clip", "pg, is, trpo, kl or clip: Eq. 4, 12, 14, 15, 16")
-    clip: float = setting(0.2, "epsilon of clip, Eq. 16", 1e-3, 10)
-    kl_target: float = setting(0.01, "delta of trpo, Eq. 14; aim of kl, Eq. 15", 1e-6, 10)
-    ent_coef: float = setting(0.0, "c, entropy bonus, Eq. 17; falls to 0", 0, 10)
-    max_grad_norm: float = setting(0.5, "longer gradients are shortened", 1e-6, 1e6)
-    hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any", 1, 8192)
-    normalize_steps: int = setting(1, "steps that set the normalisation, at least", 0, 10**12)
-    log_std_init: float = setting(0.0, "log_std of actions at first", -5, 2)
-    eval_episodes: int = setting(100, "episodes of the greedy evaluation", 1, 10**6)
+    clip: float = setting(0.2, "epsilon of clip, Eq. 16")
+    kl_target: float = setting(0.01, "delta of trpo, Eq. 14; aim of kl, Eq. 15")
+    ent_coef: float = setting(0.0, "c, entropy bonus, Eq. 17; falls to 0")
+    max_grad_norm: float = setting(0.5, "longer gradients are shortened")
+    hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any")
+    normalize_steps: int = setting(1, "normalise by the first N steps; 0: do not")
+    log_std_init: float = setting(0.0, "log_std of a new policy's actions")
+    eval_episodes: int = setting(100, "episodes of the greedy evaluation")
 
 
 class Agent:
@@ -481,7 +476,7 @@ class Agent:
     def __init__(self, envs, settings):
         self.settings = settings
         self.rng = np.random.default_rng(settings.seed)
-        self.obs_space = envs.unwrapped.single_observation_space  # before it is flattened
+        self.obs_space = envs.obs_space  # not flattened (make_envs, §11)
         self.action_space = envs.single_action_space
         obs_dim = gym.spaces.flatdim(self.obs_space)
         act_dim = gym.spaces.flatdim(self.action_space)
@@ -490,210 +485,163 @@ class Agent:
         actor = init_mlp([obs_dim, *settings.hidden, act_dim], self.rng, out_gain=0.01)
         if isinstance(self.action_space, gym.spaces.Box):
             actor.append(np.full(act_dim, settings.log_std_init, np.float32))
-        # Without hidden layers V is a table (§10). Random values would make the first Â noisy.
-        critic_gain = 1.0 if settings.hidden else 0.0
-        critic = init_mlp([obs_dim, *settings.hidden, 1], self.rng, critic_gain)
+        # Without hidden layers V is a table (§11), and starts at 0.
+        gain = 1.0 if settings.hidden else 0.0
+        critic = init_mlp([obs_dim, *settings.hidden, 1], self.rng, gain)
 
-        self.theta = flatten(actor)
-        self.phi = flatten(critic)
         self.actor_shapes = [array.shape for array in actor]
         self.critic_shapes = [array.shape for array in critic]
+        self.theta = flatten(actor)
+        self.phi = flatten(critic)
+        self.obs_mean = np.zeros(obs_dim)
+        self.obs_std = np.ones(obs_dim)
+        self.obs_moments = np.zeros((3, obs_dim))  # mean, variance, number (§10)
+        self.return_moments = np.array([0, 1, 1e-4])
         self.actor_adam = Adam(self.theta)
         self.critic_adam = Adam(self.phi)
         self.beta = 1.0
-        self.obs_mean = np.zeros(obs_dim)
-        self.obs_std = np.ones(obs_dim)
-        self.obs_stats = RunningMeanStd(epsilon=0, shape=obs_dim)
-        self.return_stats = RunningMeanStd()  # of discounted sums of rewards
 
     @property
     def actor(self):
-        """θ as the arrays of a network."""
+        """θ as arrays."""
         return unflatten(self.theta, self.actor_shapes)
 
     @property
     def critic(self):
-        """φ as the arrays of a network."""
+        """φ as arrays."""
         return unflatten(self.phi, self.critic_shapes)
 
     def normalize(self, obs):
-        """Return observations (..., obs_dim) as inputs of mean 0, deviation 1, within ±10.
-
-        If normalize_steps is 0, they stay as they are.
-        """
+        """Return observations (..., obs_dim) with mean 0 and deviation 1, within ±10 (§10)."""
         if self.settings.normalize_steps == 0:
             return obs.astype(np.float32)
         return ((obs - self.obs_mean) / self.obs_std).clip(-10, 10).astype(np.float32)
 
-    def observe(self, obs):
-        """Update obs_stats from observations (B, obs_dim) that were played.
-
-        obs_mean and obs_std follow it until it has counted normalize_steps steps, and later
-        only where a component leaves ±10, where the clip hides its values.
-        """
-        if self.settings.normalize_steps == 0:
-            return
-        share_outside = (abs(obs - self.obs_mean) > 10 * self.obs_std).mean(axis=0)
-        outdated = share_outside > 0.01
-        if self.obs_stats.count < self.settings.normalize_steps:
-            outdated[:] = True
-        self.obs_stats.update(obs.astype(np.float64))
-        self.obs_mean[outdated] = self.obs_stats.mean[outdated]
-        self.obs_std[outdated] = np.sqrt(self.obs_stats.var[outdated] + 1e-8)
-
     def policy(self, obs):
-        """Return the policy for observations (B, obs_dim). Raises ValueError for others."""
+        """Return the policy for observations (B, obs_dim)."""
         if obs.shape[1:] != self.obs_mean.shape:
-            raise ValueError(f"observations must be (B, {len(self.obs_mean)}), not {obs.shape}")
+            raise ValueError(f"observations must be (B, {len(self.obs_mean)})")
         policy, _ = policy_forward(self.actor, self.normalize(obs))
         return policy
 
     def act(self, obs):
-        """Return the likeliest action for one observation, as env.step accepts it.
-
-        Raises ValueError for an observation of another shape.
-        """
-        shape = self.obs_space.shape
-        if shape is not None and np.shape(obs) != shape:
-            raise ValueError(f"an observation must be {shape}, not {np.shape(obs)}")
-        row = gym.spaces.flatten(self.obs_space, obs)
-        return legal_actions(self.action_space, self.policy(row[None]).mode())[0]  # §10
+        """Return the likeliest action for one observation, as env.step accepts it (§11)."""
+        return legal_action(self, obs)
 
 
-def fit(agent, adam, loss_function, data, lr):
-    """Take K epochs of gradient steps. loss_function(*minibatch) returns (mean, gradient)."""
-    settings = agent.settings
-    num_rows = len(data[0])
-    num_minibatches = math.ceil(num_rows / settings.minibatch_size)
-    for _ in range(settings.epochs):  # Eq. 10: the same data again
+def fit(agent, adam, loss_of, num_rows, lr):
+    """Take K epochs of gradient steps. loss_of(rows) returns the mean loss and its gradient."""
+    num_minibatches = math.ceil(num_rows / agent.settings.minibatch_size)
+    for _ in range(agent.settings.epochs):  # Eq. 10: the same data again
         order = agent.rng.permutation(num_rows)
         for rows in np.array_split(order, num_minibatches):
-            minibatch = [array[rows] for array in data]
-            _, gradient = loss_function(*minibatch)
-            adam.step(clip_by_global_norm(gradient, settings.max_grad_norm), lr)
+            _, gradient = loss_of(rows)
+            adam.step(clip_by_global_norm(gradient, agent.settings.max_grad_norm), lr)
 
 
 def update(agent, inputs, actions, advantages, returns, remaining):
-    """Learn from transitions, and return a record of what changed.
+    """Learn from transitions (B, ...), and return a report of what changed.
 
-    inputs are (B, obs_dim), actions (B,) or (B, d), advantages and returns (B,). remaining
-    is the share of the run still to come. It scales the learning rates and the entropy bonus.
+    remaining, the share of the run to come, scales the learning rates and the entropy bonus.
     """
     settings = agent.settings
     actor = agent.actor  # views of θ, which move with it
+    critic = agent.critic
     lr = settings.lr * remaining
-    actor_lr = lr if settings.actor_lr is None else settings.actor_lr * remaining
+    actor_lr = (settings.actor_lr or settings.lr) * remaining
     ent_coef = settings.ent_coef * remaining
+    objective = {
+        "pg": policy_gradient,
+        "is": importance_sampling,
+        "trpo": importance_sampling,
+        "kl": partial(kl_penalty, beta=agent.beta),
+        "clip": partial(clip, epsilon=settings.clip),
+    }[settings.objective]
+
     # Eq. 6: the mean is a baseline, too. Dividing (not in the lectures) fixes the scale.
-    normalized_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy_old, _ = policy_forward(actor, inputs)  # θ is still θ_k
     log_prob_old, _ = policy_old.log_prob(actions)
-    data = [inputs, actions, log_prob_old, normalized_advantages]
+    data = [inputs, actions, log_prob_old, normalized]
+
+    def loss_of_actor(rows):
+        return actor_loss(actor, objective, ent_coef, *[array[rows] for array in data])
+
+    def loss_of_critic(rows):
+        return critic_loss(critic, inputs[rows], returns[rows])
 
     if settings.objective == "pg":
         # Eq. 10: another step would need data of the new θ.
-        _, gradient = actor_loss(actor, policy_gradient, ent_coef, *data)
-        gradient = clip_by_global_norm(gradient, settings.max_grad_norm)
-        agent.actor_adam.step(gradient, actor_lr)
+        _, gradient = loss_of_actor(slice(None))  # all rows
+        agent.actor_adam.step(clip_by_global_norm(gradient, settings.max_grad_norm), actor_lr)
     elif settings.objective == "trpo":
-        trpo(agent.theta, agent.actor_shapes, ent_coef, data, settings.kl_target)  # §9
+        trpo(agent.theta, agent.actor_shapes, objective, ent_coef, data, settings.kl_target)  # §9
     else:
-        objectives = {
-            "is": importance_sampling,
-            "kl": partial(kl_penalty, beta=agent.beta),
-            "clip": partial(clip, epsilon=settings.clip),
-        }
-        loss_function = partial(actor_loss, actor, objectives[settings.objective], ent_coef)
-        fit(agent, agent.actor_adam, loss_function, data, actor_lr)
-    fit(agent, agent.critic_adam, partial(critic_loss, agent.critic), [inputs, returns], lr)
+        fit(agent, agent.actor_adam, loss_of_actor, len(inputs), actor_lr)
+    fit(agent, agent.critic_adam, loss_of_critic, len(inputs), lr)
 
-    policy, _ = policy_forward(actor, inputs)
-    log_prob, _ = policy.log_prob(actions)
-    entropy, _ = policy.entropy()
-    kl, _ = kl_divergence(log_prob, log_prob_old)
-    ratio = np.exp(log_prob - log_prob_old)
-    agent.beta = adapt_beta(agent.beta, kl.mean(), settings.kl_target)
-    return {
-        "kl": float(kl.mean()),
-        "clipped": float((abs(ratio - 1) > settings.clip).mean()),
-        "entropy": float(entropy.mean()),
-        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # Â = R̂ - V
-    }
+    changes = report(agent, inputs, actions, log_prob_old, advantages, returns)  # §10
+    agent.beta = adapt_beta(agent.beta, changes["kl"], settings.kl_target)
+    return changes
 
 
-class Diary:
-    """What learn remembers between rollouts, because an episode may span several."""
+def sums_so_far(rewards, ended, gamma, before):
+    """Return each episode's discounted rewards up to step t (T, N), and the sums (N,) to go on.
 
-    def __init__(self, num_envs):
-        self.steps = 0
-        self.episodes = 0
-        self.last_returns = deque(maxlen=100)
-        self.return_so_far = np.zeros(num_envs)
-        self.discounted_so_far = np.zeros(num_envs)
-        self.ended_before = np.zeros(num_envs, bool)
-
-    def add(self, rewards, ended, gamma):
-        """Note the rewards of a rollout, and where episodes ended, both (T, N).
-
-        Returns is_transition (T, N), False for resets, and for each transition the discounted
-        sum g of its episode's rewards so far (B,).
-        """
-        # The step after an ending is the reset.
-        is_transition = np.empty(ended.shape, bool)
-        is_transition[0] = ~self.ended_before
-        is_transition[1:] = ~ended[:-1]
-        self.ended_before = ended[-1]
-        discounted = np.empty(ended.shape)
-        has_ending = ended.any(axis=1)
-        for t in range(len(rewards)):
-            # g_t = r_t + γ g_{t-1} looks back. learn divides rewards by its deviation.
-            self.discounted_so_far = rewards[t] + gamma * self.discounted_so_far
-            discounted[t] = self.discounted_so_far
-            # Eq. 2   R(τ) = Σ r_t when an episode ends;   the mean of R(τ) estimates J(θ)
-            self.return_so_far += rewards[t]
-            if has_ending[t]:
-                self.last_returns.extend(self.return_so_far[ended[t]])
-                self.return_so_far[ended[t]] = 0
-                self.discounted_so_far[ended[t]] = 0
-        self.steps += ended.size
-        self.episodes += int(ended.sum())
-        return is_transition, discounted[is_transition]
-
-    def mean_return(self):
-        """Return the mean return of the last 100 episodes, nan before the first one ends."""
-        return float(np.mean(self.last_returns)) if self.last_returns else math.nan
+    rewards and ended are (T, N). before (N,) is what an earlier rollout left, 0 at first.
+    """
+    sums = np.empty(rewards.shape)
+    for t in range(len(rewards)):
+        # g_t = r_t + γ g_{t-1}: gae in the other direction
+        sums[t] = rewards[t] + gamma * before
+        before = np.where(ended[t], 0, sums[t])
+    return sums, before
 
 
 def learn(agent, envs):
     """The PPO loop (Eq. 19), for total_steps steps. Yields a record after each iteration.
 
-    envs come from make_envs (§10). Raises FloatingPointError if the agent diverges.
+    envs come from make_envs (§11). Raises FloatingPointError if a number is not finite.
     """
     settings = agent.settings
-    N = envs.num_envs
-    diary = Diary(N)
-    actor = agent.actor
+    actor = agent.actor  # at each step it would cost 4 %
 
-    def act(obs):
+    def sample(obs):
         policy, _ = policy_forward(actor, agent.normalize(obs))
-        return policy.sample(agent.rng)  # envs make it legal (§10)
+        return policy.sample(agent.rng)  # envs make actions legal (§11)
 
-    seed = int(agent.rng.integers(2**31 - N))  # separate environments get seed, seed + 1, ...
+    N = envs.num_envs
+    # These go on after a rollout, because an episode may span several.
+    steps = 0
+    episodes = 0
+    ended_before = np.zeros(N, bool)
+    return_so_far = np.zeros(N)
+    discounted_so_far = np.zeros(N)
+    last_returns = deque(maxlen=100)
+
+    seed = int(agent.rng.integers(2**31 - N))  # environment i gets seed + i
     obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
-    while diary.steps < settings.total_steps:
+    while steps < settings.total_steps:
         # Eq. 19, play: T steps in each environment with θ_k.
-        steps_left = settings.total_steps - diary.steps
+        steps_left = settings.total_steps - steps
         T = min(settings.num_steps, math.ceil(steps_left / N))
-        observations, actions, rewards, terminated, truncated = rollout(envs, act, obs, T)
-        obs = observations[-1]  # (T+1, N, obs_dim) -> (N, obs_dim)
+        observations, actions, rewards, terminated, truncated = rollout(envs, sample, obs, T)
+        obs = observations[-1]  # (N, obs_dim)
         ended = terminated | truncated  # (T, N)
-        is_transition, discounted = diary.add(rewards, ended, settings.gamma)  # (T, N), (B,)
+        is_transition = ~np.vstack([ended_before, ended[:-1]])  # the step after an end only resets
+        ended_before = ended[-1]
+
+        # Eq. 2   With γ = 1 it is R(τ) = Σ r_t where an episode ends. Its mean estimates J(θ).
+        sums, return_so_far = sums_so_far(rewards, ended, 1, return_so_far)
+        last_returns.extend(sums[ended])
+        mean_return = float(np.mean(last_returns)) if last_returns else math.nan
+        steps += T * N
+        episodes += int(ended.sum())
         if not is_transition.any():
             continue  # a rollout of a single step may have resets only
 
-        # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards (not in the lectures) keep V small.
-        agent.return_stats.update(discounted)
-        rewards /= np.sqrt(agent.return_stats.var + 1e-8)
+        # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards keep V small (§10).
+        discounted_so_far = scale_rewards(agent, rewards, ended, is_transition, discounted_so_far)
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
         values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
         values = values.reshape(T + 1, N)
@@ -704,26 +652,17 @@ def learn(agent, envs):
         arrays = [inputs[:-1], actions, advantages, returns]
         batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
         changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
-        agent.observe(observations[:-1][is_transition])  # for the next rollout
-        for result in (agent.theta, agent.phi, agent.obs_std, changes["kl"]):
-            if not np.isfinite(result).all():
-                hint = "try a smaller lr, or smaller observations"
-                raise FloatingPointError(f"the agent diverged before step {diary.steps:,}: {hint}")
-        yield {
-            "steps": diary.steps,
-            "episodes": diary.episodes,
-            "mean_return": diary.mean_return(),
-            **changes,
-        }
+        observe(agent, observations[:-1][is_transition])  # for the next rollout (§10)
+        stop_if_diverged(agent, changes["kl"], steps)  # §10
+        yield {"steps": steps, "episodes": episodes, "mean_return": mean_return, **changes}
 
 
-# To learn PPO, a student may stop here. TRPO follows, then the program around it all.
+# To learn PPO, a student may stop here. TRPO follows, then what the lectures leave out.
 
 # §9  TRPO ----------
 # TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
 # takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with
-# the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate and kl are functions of theta here, which
-# return (mean, gradient).
+# the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate and kl map theta to (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
@@ -736,7 +675,7 @@ def fisher_product(kl, theta, v, damping=0.1):
     h = 2 * machine_epsilon ** (1 / 3) / float(np.linalg.norm(v))
     _, gradient_ahead = kl(theta + h * v)
     _, gradient_behind = kl(theta - h * v)
-    return (gradient_ahead - gradient_behind) / (2 * h) + damping * v
+    return (gradient_ahead - gradient_behind) / (2 * h) + float(damping) * v
 
 
 def conjugate_gradients(product, g, iterations=10):
@@ -746,13 +685,13 @@ def conjugate_gradients(product, g, iterations=10):
     direction = g
     for _ in range(iterations):
         F_direction = product(direction)
-        squared = residual @ residual
-        step_size = squared / (direction @ F_direction)
+        residual_squared = residual @ residual
+        step_size = residual_squared / (direction @ F_direction)
         x = x + step_size * direction
         residual = residual - step_size * F_direction
         if residual @ residual < 1e-10 * (g @ g):
             break
-        direction = residual + (residual @ residual / squared) * direction
+        direction = residual + (residual @ residual / residual_squared) * direction
     return x
 
 
@@ -767,7 +706,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
     g = -gradient  # surrogate is a loss
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), g)
     # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g
-    step = np.sqrt(2 * delta / (x @ g)) * x
+    step = float(np.sqrt(2 * delta / (x @ g))) * x
     for _ in range(10):  # Δ is right only near θ_k: halve it until both conditions hold
         kl_new, _ = kl(theta + step)
         loss_new, _ = surrogate(theta + step)
@@ -777,11 +716,11 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
         step = step / 2
 
 
-def trpo(theta, shapes, ent_coef, data, delta):
+def trpo(theta, shapes, objective, ent_coef, data, delta):
     """Take a trust_region_step; data are inputs, actions, log_prob_old and advantages."""
 
     def surrogate(theta):
-        return actor_loss(unflatten(theta, shapes), importance_sampling, ent_coef, *data)
+        return actor_loss(unflatten(theta, shapes), objective, ent_coef, *data)
 
     def kl(theta):
         return actor_loss(unflatten(theta, shapes), kl_divergence, 0, *data)
@@ -789,8 +728,69 @@ def trpo(theta, shapes, ent_coef, data, delta):
     trust_region_step(theta, surrogate, kl, delta)
 
 
-# §10  Tasks ----------
-# Settings that differ from the defaults: first by the kind of task, then by the task.
+# §10  Statistics ----------
+# Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...) are
+# the mean, the variance and the number of what was seen.
+
+
+def update_moments(moments, rows):
+    """Add rows (B, ...) to moments (3, ...), in place."""
+    new = [rows.mean(axis=0), rows.var(axis=0), len(rows)]
+    moments[:] = update_mean_var_count_from_moments(*moments, *new)
+
+
+def scale_rewards(agent, rewards, ended, is_transition, before):
+    """Divide rewards (T, N), in place, by the deviation of their discounted sums so far.
+
+    ended and is_transition are (T, N), before and the result (N,) as in sums_so_far.
+    """
+    sums, before = sums_so_far(rewards, ended, agent.settings.gamma, before)
+    update_moments(agent.return_moments, sums[is_transition])
+    rewards /= np.sqrt(agent.return_moments[1] + 1e-8)
+    return before
+
+
+def observe(agent, obs):
+    """Update the statistics from observations (B, obs_dim); the next rollout uses them.
+
+    All components follow until normalize_steps steps are counted. After that a component
+    follows only if more than 1 % of its values left ±10, because the clip would hide them.
+    """
+    if agent.settings.normalize_steps == 0:
+        return
+    _, _, count = agent.obs_moments
+    share_outside = (abs(obs - agent.obs_mean) > 10 * agent.obs_std).mean(axis=0)
+    outdated = (count < agent.settings.normalize_steps) | (share_outside > 0.01)
+    update_moments(agent.obs_moments, obs.astype(np.float64))
+    mean, var, _ = agent.obs_moments
+    agent.obs_mean[outdated] = mean[outdated]
+    agent.obs_std[outdated] = np.sqrt(var[outdated] + 1e-8)
+
+
+def report(agent, inputs, actions, log_prob_old, advantages, returns):
+    """Return what an update changed, as numbers by name. The arguments are those of update."""
+    policy, _ = policy_forward(agent.actor, inputs)  # θ is now θ_{k+1}
+    log_prob, _ = policy.log_prob(actions)
+    entropy, _ = policy.entropy()
+    kl, _ = kl_divergence(log_prob, log_prob_old)
+    ratio = np.exp(log_prob - log_prob_old)
+    return {
+        "kl": float(kl.mean()),
+        "clipped": float((abs(ratio - 1) > agent.settings.clip).mean()),
+        "entropy": float(entropy.mean()),
+        "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # Â = R̂ - V
+    }
+
+
+def stop_if_diverged(agent, kl, steps):
+    """Raise FloatingPointError if a number of the agent is not finite."""
+    for numbers in (agent.theta, agent.phi, agent.obs_std, kl):
+        if not np.isfinite(numbers).all():
+            raise FloatingPointError(f"diverged after step {steps:,}: try a smaller lr")
+
+
+# §11  Tasks ----------
+# Settings that differ from the defaults: first by the kind of task, then by Gymnasium's task.
 
 CONTINUOUS = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
 # Without hidden layers W is a table: a row of logits, or a value, for each state.
@@ -801,18 +801,29 @@ KINDS = {
     "one continuous action": dict(CONTINUOUS, log_std_init=0.8, epochs=8),
     "numbered states": dict(TABLE, num_envs=32, num_steps=32, minibatch_size=256),
 }
-SHORT = dict(total_steps=100_000, epochs=10)
+FEW_STEPS = dict(total_steps=100_000, epochs=10)
 TASKS = {
     "CartPole": dict(total_steps=100_000),
-    "CliffWalking": dict(SHORT, num_envs=16, minibatch_size=128, lr=0.1),
+    "CliffWalking": dict(FEW_STEPS, num_envs=16, minibatch_size=128, lr=0.1),
     "HalfCheetah": dict(num_envs=32, num_steps=64, lam=0.9, log_std_init=-1.0),
     "LunarLanderContinuous": dict(total_steps=500_000, epochs=20, gamma=0.999, normalize_steps=1),
-    "Pendulum": dict(SHORT, num_envs=8, minibatch_size=64, lr=1e-3, lam=0.8, normalize_steps=0),
+    "Pendulum": dict(FEW_STEPS, num_envs=8, minibatch_size=64, lr=1e-3, lam=0.8, normalize_steps=0),
+    "Swimmer": dict(num_envs=4, num_steps=1024, gamma=0.9999, lam=0.98, log_std_init=0.0),
 }
 
 
 class UsageError(ValueError):
     """Something that the user can put right."""
+
+
+def is_of_user(error):
+    """Return whether code that is not ppo.py's, Gymnasium's or numpy's took part in an error."""
+    modules = set()
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            modules.add(frame.f_globals.get("__name__", "").split(".")[0])
+        error = error.__context__
+    return not modules <= {__name__, "contextlib", "gymnasium", "importlib", "numpy"}
 
 
 def kind_of(obs_space, action_space):
@@ -826,97 +837,83 @@ def kind_of(obs_space, action_space):
 
 
 def check(settings):
-    """Raise UsageError if a setting is out of range."""
-    if not isinstance(settings.hidden, tuple | list):
-        raise UsageError(f"hidden must be a list like [64, 64], not {settings.hidden!r}")
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if f.type is str or value is f.default:  # actor_lr may be None
+    """Raise UsageError if a setting cannot work."""
+    may_be_0 = ("seed", "gamma", "lam", "ent_coef", "normalize_steps")
+    for name, value in asdict(settings).items():
+        if isinstance(value, str | None) or name == "log_std_init":
             continue
-        form = numbers.Real if f.type is float else numbers.Integral
-        low = f.metadata["low"]
-        high = f.metadata["high"]
-        values = value if f.type is tuple else [value]
-        for number in values:
-            if not (isinstance(number, form) and low <= number <= high):
-                whole = "a" if f.type is float else "a whole"
-                span = f"{whole} number from {low} to {high}"
-                raise UsageError(f"{f.name} must be {span}, not {number!r}")
+        least = "0 or more" if name in may_be_0 else "above 0"
+        most = 1 if name in ("gamma", "lam") else 1e12
+        for number in np.ravel(value):
+            if not (0 < number <= most or number == 0 and name in may_be_0):
+                raise UsageError(f"{name} must be {least}, at most {most:g}, not {number}")
     if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
         raise UsageError("objective must be pg, is, trpo, kl or clip")
-    if settings.num_envs * settings.num_steps == 1:
-        raise UsageError("a rollout must have 2 or more steps: raise num_envs or num_steps")
 
 
 def new_agent(env=Settings.env, **chosen):
-    """Return an untrained agent. Settings not chosen are those of the task or its kind.
-
-    Raises UsageError if there is no such environment or setting.
-    """
-    parts = env.split(":") if isinstance(env, str) else []
-    if not (len(parts) in (1, 2) and all(parts)):
-        raise UsageError(f"env must be a name, CartPole-v1 or module:Name-v0, not {env!r}")
-    name = parts[-1].rsplit("-v", 1)[0]
+    """Return an untrained agent. Settings not chosen are those of the task or its kind."""
     with closing(make_envs(env, 1)) as envs:
-        kind = kind_of(envs.unwrapped.single_observation_space, envs.single_action_space)
-        values = KINDS[kind] | TASKS.get(name, {}) | chosen
-        try:
-            settings = Settings(env, **values)
-        except TypeError as error:
-            hint = "arguments of an environment go into gym.register"
-            raise UsageError(f"{error}: no such setting; {hint}") from error
+        kind = kind_of(envs.obs_space, envs.single_action_space)
+        spec = envs.spec
+        own = TASKS.get(spec.name, {}) if str(spec.entry_point).startswith("gymnasium.") else {}
+        values = asdict(Settings(env)) | KINDS[kind] | own | chosen
+        for name, value in values.items():
+            values[name] = np.asarray(value).tolist()  # numpy's numbers become Python's
+        values["hidden"] = tuple(np.ravel(values["hidden"]).tolist())
+        settings = Settings(**values)
         check(settings)
         return Agent(envs, settings)
 
 
 class WithoutInfo(gym.Wrapper):
-    """Drops info, which nobody reads here, because Gymnasium cannot stack all of them."""
+    """Drops info: nobody reads it here, and Gymnasium cannot stack every kind of it."""
 
-    def reset(self, **kwargs):
-        obs, _ = self.env.reset(**kwargs)
-        return obs, {}
+    def reset(self, **options):
+        return self.env.reset(**options)[0], {}
 
     def step(self, action):
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        return obs, reward, terminated, truncated, {}
+        return *self.env.step(action)[:4], {}
 
 
 def make_envs(env, num_envs, render=False):
     """Return N environments with observations (N, obs_dim) that take a policy's actions.
 
-    Raises UsageError if there is no such environment, if its spaces cannot be used, or if it
-    cannot be shown.
+    Raises UsageError if they cannot be learned or shown.
     """
-    window = {}
+    options = dict(vectorization_mode="sync", render_mode="human") if render else {}
     try:
-        if render:
-            window = {"vectorization_mode": "sync", "render_mode": "human"}
-            with closing(gym.make(env)) as single:
-                modes = single.metadata.get("render_modes", [])
-            if "human" not in modes and "rgb_array" not in modes:
-                raise UsageError(f"{env} cannot be shown: its metadata has no render mode human")
-        envs = gym.make_vec(env, num_envs=num_envs, **window)
-    except gym.error.NameNotFound as error:
-        raise UsageError(f"{error} An environment of your own is module:Name-v0.") from error
-    except (gym.error.Error, ImportError) as error:
-        raise UsageError(f"cannot make {env}: {error}") from error
+        envs = gym.make_vec(env, num_envs=num_envs, **options)
+    except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError) as error:
+        if is_of_user(error):
+            raise
+        raise UsageError(f"cannot make {env}: {error} (your own is module:Name-v0)") from error
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
-    mode = envs.metadata.get("autoreset_mode", "NEXT_STEP")
-    is_playable = isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box)
-    resets_next_step = "NEXT" in str(mode).upper()  # NEXT_STEP or NextStep
-    if not (is_playable and resets_next_step and obs_space.is_np_flattenable):
-        needs = "Discrete or Box actions, NEXT_STEP resets, observations of a fixed size"
-        has = f"{action_space}, {mode}, {obs_space}"
-        raise UsageError(f"{env} has {has}; needed are {needs}")
+    mode = str(envs.metadata.get("autoreset_mode", "NEXT_STEP"))
+    render_modes = {*envs.metadata.get("render_modes", [])}
+    problem = None
+    if not isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box):
+        problem = f"actions must be Discrete or Box, not {action_space}"
+    elif not obs_space.is_np_flattenable:
+        problem = f"observations must have a fixed size, not {obs_space}"
+    elif "NEXT" not in mode.upper():  # NEXT_STEP or NextStep
+        problem = f"resets must come in the next step, not by {mode}"
+    elif render and not render_modes & {"human", "rgb_array"}:
+        problem = "it has no render mode human"
+    if problem is not None:
+        envs.close()
+        raise UsageError(f"{env}: {problem:.150}")
     if isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
         envs.unwrapped.envs = [WithoutInfo(one) for one in envs.unwrapped.envs]
     if isinstance(obs_space, gym.spaces.Discrete):
-        one_hot = np.eye(obs_space.n, dtype=np.float32)
-        envs = TransformObservation(envs, lambda obs: one_hot[obs - obs_space.start])
+        states = obs_space.start + np.arange(obs_space.n)
+        envs = TransformObservation(envs, lambda obs: (obs[:, None] == states).astype(np.float32))
     elif obs_space.shape != (gym.spaces.flatdim(obs_space),):
         envs = FlattenObservation(envs)
-    return TransformAction(envs, partial(legal_actions, action_space))
+    envs = TransformAction(envs, partial(legal_actions, action_space))
+    envs.obs_space = obs_space  # of one environment, before it was flattened
+    return envs
 
 
 def legal_actions(space, actions):
@@ -926,247 +923,252 @@ def legal_actions(space, actions):
     """
     if isinstance(space, gym.spaces.Discrete):
         return (space.start + actions).astype(space.dtype)
+    is_float = np.issubdtype(space.dtype, np.floating)
+    # The largest float32 often stands for infinity, and float64 rounds larger integers.
+    widest = np.finfo(np.float32).max if is_float else 2**53
     width = space.high.astype(float) - space.low
-    is_bounded = space.bounded_below & space.bounded_above
-    is_bounded &= width < np.finfo(np.float32).max  # this number often stands for infinity
+    is_bounded = space.bounded_below & space.bounded_above & (width < widest)
     low = np.where(is_bounded, space.low, -1.0)
     high = np.where(is_bounded, space.high, 1.0)
     actions = (high + low) / 2 + (high - low) / 2 * actions.reshape(-1, *space.shape)
-    if not np.issubdtype(space.dtype, np.floating):
-        actions = np.rint(actions)
-    return actions.clip(space.low, space.high).astype(space.dtype)
+    actions = actions.clip(space.low, space.high)
+    return (actions if is_float else np.rint(actions)).astype(space.dtype)
 
 
-# §11  The program ----------
+def legal_action(agent, obs):
+    """Return the likeliest action for one observation, as env.step accepts it."""
+    space = agent.obs_space
+    if space.shape is not None and np.shape(obs) != space.shape:
+        raise ValueError(f"an observation must be {space.shape}, not {np.shape(obs)}")
+    policy = agent.policy(gym.spaces.flatten(space, obs)[None])
+    return legal_actions(agent.action_space, policy.mode())[0]
+
+
+# §12  The program ----------
 
 
 def train(env=Settings.env, **chosen):
     """Train from Python. Return the agent, and a list with the record of each iteration."""
     agent = new_agent(env, **chosen)
     with closing(make_envs(env, agent.settings.num_envs)) as envs:
-        history = list(learn(agent, envs))
-    return agent, history
+        return agent, list(learn(agent, envs))
 
 
-def run(agent, save_path, log_path):
-    """Train as the command line does. Print about twenty rows, and save after each iteration."""
+def train_and_print(agent, save_path, log_path):
+    """Train, print about twenty rows and the curve, save after each iteration."""
     settings = agent.settings
-    folder = os.path.dirname(save_path or "") or "."
-    if save_path and (os.path.isdir(save_path) or not os.access(folder, os.W_OK)):
-        raise UsageError(f"cannot save {save_path}: it needs a file name in a writable folder")
-    try:
-        log = open(log_path or os.devnull, "w", newline="")
-    except OSError as error:
-        raise UsageError(f"cannot write {log_path}: {error.strerror}") from error
+    if save_path is not None:
+        save(save_path, agent)  # if it fails, it fails now
+    with file_errors(log_path):
+        log = open(os.devnull if log_path is None else log_path, "w")
+    print("python ppo.py", *flags_of(settings))
     history = []
     num_rows = 0
+    start = time.monotonic()
     with log, closing(make_envs(settings.env, settings.num_envs)) as envs:
-        writer = csv.writer(log)
-        print(settings)
         if sys.stdout.isatty():
-            envs = LiveLine(envs, settings.total_steps)
+            envs = TransformAction(envs, live_line(settings.total_steps))
         try:
             for record in learn(agent, envs):
                 if not history:
-                    writer.writerow(record)
-                    print_row(record)
+                    print(*record, sep=",", file=log)
+                    print(ROW.format(*record))
                 history.append(record)
-                writer.writerow(record.values())
-                log.flush()
+                print(*record.values(), sep=",", file=log, flush=True)
                 if 20 * record["steps"] >= num_rows * settings.total_steps:
                     num_rows += 1
-                    print_row(short(number) for number in record.values())
-                if save_path:
+                    print(ROW.format(*map(four_digits, record.values())), flush=True)
+                if save_path is not None:
                     save(save_path, agent)
         finally:
-            if history:
-                print_curve(history)
+            print_curve(history)
+    seconds = time.monotonic() - start
+    print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
+    if save_path is not None:
+        print(f"saved; to watch it: python ppo.py --play {save_path} --render")
 
 
-class LiveLine(gym.vector.VectorWrapper):
-    """Shows on a terminal how far a run has come, from its first second on."""
+def flags_of(settings):
+    """Return the flags that repeat a run."""
+    usual = new_agent(settings.env).settings
+    flags = []
+    for name, value in asdict(settings).items():
+        is_default = value == getattr(usual, name) == getattr(Settings, name)
+        if name == "env" or not is_default:
+            flags.append("--" + name.replace("_", "-"))
+            flags.extend(np.ravel(value))
+    return flags
 
-    def __init__(self, envs, total_steps):
-        super().__init__(envs)
-        self.total_steps = total_steps
-        self.steps = 0
-        self.start = time.monotonic()
-        self.shown = 0
 
-    def step(self, actions):
-        self.steps += self.num_envs
-        seconds = time.monotonic() - self.start
-        if seconds > self.shown + 0.2:
-            self.shown = seconds
-            speed = self.steps / seconds
-            left = (self.total_steps - self.steps) / speed
-            line = f"{self.steps:,} steps, {speed:,.0f} steps/s, {left:,.0f} s left"
+def live_line(total_steps):
+    """Return a function that passes actions on, and shows how far a run has come."""
+    start = time.monotonic()
+    steps = 0
+    shown = 0
+
+    def show(actions):
+        nonlocal steps, shown
+        steps += len(actions)
+        seconds = time.monotonic() - start
+        if seconds > shown + 0.5:
+            shown = seconds
+            left = (total_steps / steps - 1) * seconds
+            line = f"{steps:,} steps, {steps / seconds:,.0f} steps/s, {left:,.0f} s left"
             print(f"{line:<60}", end="\r", flush=True)
-        return self.env.step(actions)
+        return actions
+
+    return show
 
 
-def short(number):
+ROW = "{:>10}{:>10}{:>12}{:>11}{:>11}{:>11}{:>11}"
+
+
+def four_digits(number):
     """Return a number as text, with four significant digits."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
-def print_row(texts):
-    """Print a row of the table."""
-    print("".join(f" {text:>11}" for text in texts), flush=True)
-
-
 def print_curve(history):
-    """Draw the mean return over the steps, in 72 columns and 8 lines."""
-    records = [record for record in history if record["episodes"] > 0]
-    if not records:
-        print("no episode has ended yet")
+    """Draw mean_return over steps, if it changes."""
+    points = [(r["steps"], r["mean_return"]) for r in history if r["episodes"] > 0]
+    steps, returns = np.array(points or [(0, 0)]).T
+    spread = np.ptp(returns)
+    if spread == 0:
         return
-    steps = [record["steps"] for record in records]
-    returns = [record["mean_return"] for record in records]
-    columns = np.interp(np.linspace(steps[0], steps[-1], 72), steps, returns)
-    for level in np.linspace(columns.max(), columns.min(), 8):
-        bars = "".join("#" if column >= level else " " for column in columns)
-        print(f"{short(level):>12} |{bars}")
-    print(f"mean return over {steps[0]:,} to {steps[-1]:,} steps")
+    tick = 10.0 ** math.floor(math.log10(spread))
+    if spread < 3 * tick:
+        tick /= 5
+    bottom = math.floor(returns.min() / tick)
+    columns = np.interp(np.linspace(steps[0], steps[-1], 60), steps, returns)
+    for level in range(math.floor(columns.max() / tick), bottom, -1):
+        bars = "".join("#" if column >= level * tick else " " for column in columns)
+        print(f"{four_digits(level * tick):>12} |{bars}")
+    print(f"{four_digits(bottom * tick):>12} +{'-' * 60}")
+    print(f"{steps[0]:>20,.0f}{steps[-1]:>48,.0f} steps")
 
 
-def evaluate(agent, episodes=None, render=False, verbose=False, max_steps=100_000):
+def evaluate(agent, episodes=None, render=False, max_steps=100_000):
     """Play greedy episodes on seeds of their own; return their returns (episodes,).
 
-    Each environment plays one episode a round, or short ones would prevail. An endless one
-    is cut off at max_steps. verbose prints a summary.
+    In each round every environment plays one episode. Taking the first to finish would favour
+    short ones. The first round in which one is cut off, at max_steps, is the last.
     """
     settings = agent.settings
-    if episodes is None:
-        episodes = settings.eval_episodes
+    episodes = episodes or settings.eval_episodes
     num_envs = 1 if render else min(episodes, settings.num_envs, 10)
     rng = np.random.default_rng([settings.seed, 1])
     returns = []
     num_cut_off = 0
     with closing(make_envs(settings.env, num_envs, render)) as envs:
-        while len(returns) < episodes:
+        while len(returns) < episodes and num_cut_off == 0:
             obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
             totals = np.zeros(num_envs)
             is_playing = np.ones(num_envs, bool)
             for _ in range(max_steps):
-                actions = agent.policy(obs).mode()
-                obs, rewards, terminated, truncated, _ = envs.step(actions)
-                totals += rewards * is_playing
-                is_playing[np.logical_or(terminated, truncated)] = False
+                obs, rewards, terminated, truncated, _ = envs.step(agent.policy(obs).mode())
+                totals[is_playing] += rewards[is_playing]
+                is_playing &= ~np.logical_or(terminated, truncated)
                 if not is_playing.any():
                     break
-            num_cut_off += is_playing[: episodes - len(returns)].sum()
+            num_cut_off = is_playing[: episodes - len(returns)].sum()
             returns.extend(totals)
-    returns = np.array(returns[:episodes])
-    if verbose:
-        line = f"mean {short(returns.mean())}, std {short(returns.std())}"
-        line += f", min {short(returns.min())}, max {short(returns.max())}"
-        if num_cut_off > 0:
-            line += f" ({num_cut_off} cut off after {max_steps:,} steps)"
-        print(f"greedy evaluation over {episodes} episodes: {line}")
-    return returns
+    if num_cut_off > 0:
+        print(f"cut off after {max_steps:,} steps: {num_cut_off} endless episodes")
+    return np.array(returns[:episodes])
+
+
+@contextmanager
+def file_errors(path):
+    """Raise what goes wrong with a file as a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot use {path}: {error.strerror}") from error
+    except Exception as error:  # there are many ways in which a file can be broken
+        raise UsageError(f"{path} is no whole policy file of this version of ppo.py") from error
 
 
 def arrays_of(agent):
-    """Return what playing and a warm start need besides the settings: arrays by name."""
-    seen = agent.obs_stats
-    earned = agent.return_stats
-    return {
-        "theta": agent.theta,
-        "phi": agent.phi,
-        "obs_mean": agent.obs_mean,
-        "obs_std": agent.obs_std,
-        "obs_stats": flatten([seen.mean, seen.var, seen.count]),
-        "return_stats": flatten([earned.mean, earned.var, earned.count]),
-    }
+    """Return all that an agent has learned: its arrays, by name."""
+    return {name: x for name, x in vars(agent).items() if isinstance(x, np.ndarray)}
 
 
 def save(path, agent):
-    """Write a policy file, whole or not at all. Raises UsageError if that fails."""
-    text = json.dumps(asdict(agent.settings), default=lambda number: number.tolist())
+    """Write a policy file, whole or not at all."""
+    texts = {"settings": asdict(agent.settings), "rng": agent.rng.bit_generator.state}
+    arrays = arrays_of(agent) | {name: json.dumps(value) for name, value in texts.items()}
     temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, settings=text, **arrays_of(agent))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"cannot save {path}: {error.strerror}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with file_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
 
 
 def load(path, **chosen):
     """Return the agent in a policy file. Chosen settings win over those of the file.
 
-    Its optimisers and β start afresh. Raises UsageError if it is not a policy file, or one of
-    another task.
+    Its random numbers go on, unless a seed is chosen. Its optimisers and β start afresh.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        values = json.loads(str(arrays.pop("settings"))) | chosen
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ValueError("it has numbers that are not finite")
-    except Exception as error:  # there are many ways in which a file can be broken
-        raise UsageError(f"cannot use {path} as a policy: {error}") from error
-    agent = new_agent(**values)
-    shapes = {name: array.shape for name, array in arrays_of(agent).items()}
-    if shapes != {name: array.shape for name, array in arrays.items()}:
-        raise UsageError(f"{path} does not fit {agent.settings.env}: it has other sizes")
-    agent.theta[:] = arrays["theta"]
-    agent.phi[:] = arrays["phi"]
-    agent.obs_mean = arrays["obs_mean"]
-    agent.obs_std = arrays["obs_std"]
-    for name, stats in [("obs_stats", agent.obs_stats), ("return_stats", agent.return_stats)]:
-        shape = stats.mean.shape
-        stats.mean, stats.var, stats.count = unflatten(arrays[name], [shape, shape, ()])
+    with file_errors(path), np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+        settings = Settings(**json.loads(str(arrays.pop("settings"))))
+        state = json.loads(str(arrays.pop("rng")))
+        assert all(np.isfinite(array).all() for array in arrays.values())
+    agent = new_agent(**asdict(settings) | chosen)
+    for name, array in arrays_of(agent).items():
+        if np.shape(arrays.get(name)) != array.shape:
+            other = "hidden" if "hidden" in chosen else agent.settings.env
+            raise UsageError(f"{path} does not fit {other}")
+        array[:] = arrays[name]
+    if "seed" not in chosen:
+        agent.rng.bit_generator.state = state
     return agent
 
 
 def parse_arguments(argv):
-    """Return the options of the command line by name, and of the settings those chosen."""
-    parser = argparse.ArgumentParser(
-        epilog="The defaults depend on the task. A run prints what it uses.",
-        allow_abbrev=False,
-    )
+    """Return the options by name. Settings that are not chosen are left out."""
+    epilog = "The defaults depend on the task. A run prints what it uses."
+    parser = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
     files = {
-        "save": "keep the policy in this file",
-        "load": "start from the policy in this file",
-        "play": "only evaluate the policy in this file",
+        "save": "keep the policy here",
+        "load": "start from this policy",
+        "play": "only evaluate this policy",
         "log": "write a CSV row for each iteration",
     }
     for name, text in files.items():
         parser.add_argument(f"--{name}", dest=f"{name}_path", metavar="FILE", help=text)
-    parser.add_argument("--render", action="store_true", help="show episodes in a window")
+    parser.add_argument("--render", action="store_true", help="evaluate five episodes in a window")
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
-        form = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
+        options = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
         text = f"{f.metadata['help']}; default {f.default}"
-        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **form)
+        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **options)
     return vars(parser.parse_args(argv))
 
 
-def program(save_path, load_path, play_path, log_path, render, **chosen):
-    """Train or play. What may fail at the end is tried at the start."""
-    if "" in (save_path, load_path, play_path, log_path):
-        raise UsageError("a file needs a name")
-    if play_path and (load_path or save_path or log_path):
+def train_or_play(save_path, load_path, play_path, log_path, render, **chosen):
+    """Train and evaluate, or only evaluate."""
+    if play_path is not None and (load_path, save_path, log_path) != (None, None, None):
         raise UsageError("--play only evaluates: leave out --load, --save and --log")
-    if log_path and log_path in (save_path, load_path):
-        raise UsageError("--log needs a file of its own")
-    path = play_path or load_path
-    agent = load(path, **chosen) if path else new_agent(**chosen)
+    for path in (save_path, load_path):
+        if path and log_path and os.path.realpath(path) == os.path.realpath(log_path):
+            raise UsageError("--log needs a file of its own")
+    path = load_path if play_path is None else play_path
+    agent = new_agent(**chosen) if path is None else load(path, **chosen)
     if render:
         with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
-            envs.reset(seed=0)
-    if not play_path:
-        run(agent, save_path, log_path)
-    if not (play_path and render):
-        evaluate(agent, verbose=True)
-    if render:
-        evaluate(agent, chosen.get("eval_episodes", 5), render=True, verbose=True)
+            envs.reset(seed=0)  # if it fails, it fails now
+    if play_path is None:
+        train_and_print(agent, save_path, log_path)
+    returns = evaluate(agent, chosen.get("eval_episodes", 5 if render else None), render)
+    numbers = [four_digits(of(returns)) for of in (np.mean, np.std, np.min, np.max)]
+    summary = "mean {}, std {}, min {}, max {}".format(*numbers)
+    print(f"greedy evaluation over {len(returns)} episodes: {summary}", flush=True)
 
 
 def main(argv=None):
@@ -1174,11 +1176,16 @@ def main(argv=None):
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
     try:
         with np.errstate(all="ignore"):  # learn looks for numbers that are not finite
-            program(**parse_arguments(argv))
+            train_or_play(**parse_arguments(argv))
         return 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        return 1
     except (UsageError, gym.error.DependencyNotInstalled, FloatingPointError, MemoryError) as error:
+        if isinstance(error, FloatingPointError | MemoryError) and is_of_user(error):
+            raise
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

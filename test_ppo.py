@@ -1,13 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["gymnasium>=1.0", "numpy>=1.26", "pytest", "hypothesis"]
+# dependencies = ["gymnasium>=1.0", "numpy>=1.26", "pytest"]
 # ///
 """The lecture's second half: what each formula claims, checked on ppo.py's own functions.
 
     python test_ppo.py -k eq9_
 
 A  The lecture            Eq. 1 to 19, in worlds small enough to be exact
-B  The gradients          written by hand, against finite differences
+B  The gradients          by hand, against finite differences
 C  The components         values, shapes, dtypes, extremes
 D  The agent              seed, copies, statistics, runs that diverge
 E  The ends of episodes   true ends, time limits and resets
@@ -26,26 +26,25 @@ import ppo  # before numpy, which reads the thread default that ppo sets
 
 # isort: split
 import ast
+import contextlib
 import copy
-import dataclasses
 import inspect
-import io
 import math
 import os
 import pickle
 import re
 import subprocess
 import time
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from numpy.testing import assert_allclose, assert_array_equal
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*latest versioned", "ignore:.*[Aa]utoreset")
+pytestmark = pytest.mark.filterwarnings("ignore:.*latest versioned", "ignore:.*out of date")
 
 TWO = gym.spaces.Discrete(2)
 THREE = gym.spaces.Discrete(3)
@@ -103,11 +102,10 @@ class Script:
     is_transition = ends != "r"
 
     def __init__(self, action_space=TWO, obs_dim=1):
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,))
+        self.obs_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,))
         self.single_action_space = action_space
         self.num_envs = 3
         self.t = 0
-        self.unwrapped = self
 
     def reset(self, seed):
         self.t = 0
@@ -125,6 +123,8 @@ def test_eq1_rows_belong_together():
     script = [Script.obs, 10 * Script.obs[:6], Script.rewards, Script.terminated, Script.truncated]
     for returned, written in zip(played, script, strict=True):
         assert_array_equal(returned, written)
+    observations, *_ = ppo.rollout(Script(), lambda obs: obs, Script.obs[0].astype(float), 6)
+    assert observations.dtype == float  # large offsets would cost float32 its digits
 
 
 # A policy in a single state: x holds three logits, or mean and log_std of a continuous action.
@@ -253,6 +253,21 @@ def test_eq9_every_pattern_of_endings(rng):
         assert_allclose(advantages, sums, atol=1e-14)
     r = np.ones((2, 1), int)  # Â of integers is not rounded
     assert_array_equal(ppo.gae(r, np.ones((3, 1), int), 0 * r, 0 * r, 1, 0.5), [[1.5], [1]])
+
+
+def test_eq2_sums_so_far_mirror_gae(rng):
+    """They are what gae adds up with V = 0, λ = 1 if time runs backwards. Two rollouts are as one.
+
+    All 16 patterns of endings.
+    """
+    rewards = rng.standard_normal((4, 16))
+    ended = np.indices([2] * 4).reshape(4, 16)
+    begins = np.vstack([np.ones(16), ended[:-1]])
+    mirrored = ppo.gae(rewards[::-1], np.zeros((5, 16)), begins[::-1], begins[::-1], 0.9, 1)
+    early, between = ppo.sums_so_far(rewards[:3], ended[:3], 0.9, np.zeros(16))
+    late, after = ppo.sums_so_far(rewards[3:], ended[3:], 0.9, between)
+    assert_allclose([*early, *late], mirrored[::-1])
+    assert_allclose(after, (1 - ended[3]) * mirrored[0])
 
 
 def test_eq10_eq12_data_serve_one_gradient_step():
@@ -415,6 +430,14 @@ def test_eq16_clip_table():
     assert_allclose(slope, [-1.0, -2.0, 0, 0, 2.0, 3.0])
 
 
+def test_eq16_every_row_inside_counts(rng):
+    """No row inside 1 ± ε has slope 0, though a numpy ε is wider than the rows of float32."""
+    log_ratio = rng.uniform(-0.2, 0.18, 1000).astype(np.float32)
+    advantages = rng.standard_normal(1000).astype(np.float32)
+    _, slope = ppo.clip(log_ratio, np.zeros_like(log_ratio), advantages, np.float64(0.2))
+    assert_array_equal(slope, -np.exp(log_ratio) * advantages)
+
+
 @both_policies
 def test_eq17_entropy_and_samples(x, rng):
     """H is what -log π is on average. Draws have the first two moments of the policy."""
@@ -457,74 +480,61 @@ def played(monkeypatch):
     agent.theta[:] = [0, 1e4, 0, 0]
     judged = watch(monkeypatch, "gae")
     learned = watch(monkeypatch, "update")
-    records = list(ppo.learn(agent, Script()))
-    # Inputs are the observations, then normalised as what was seen first, and clipped.
-    seen = Script.obs[:3][Script.is_transition[:3]]
-    inputs = [Script.obs[:4], ((Script.obs[3:6] - seen.mean()) / seen.std()).clip(-10, 10)]
-    return records, judged, learned, inputs
+    return list(ppo.learn(agent, Script())), judged, learned
 
 
 def test_eq2_mean_return_of_the_episodes(played):
     """R(τ) adds up an episode's rewards, over rollouts too. Each episode counts once."""
     returns = [100, 1 + 2, 10 + 20 + 30]
-    [first, second], _, _, _ = played
+    [first, second], _, _ = played
     assert [first["steps"], first["episodes"]] == [9, 3]
     assert first["mean_return"] == pytest.approx(np.mean(returns))
     assert [second["steps"], second["episodes"]] == [15, 4]
     assert second["mean_return"] == pytest.approx(np.mean([*returns, 200 + 300 + 400]))
 
 
-def test_eq19_learn_judges(played):
-    """gae gets scaled rewards, and the value of every state that was seen, the last ones too."""
-    _, judged, _, inputs = played
+def test_eq18_eq19_learn_judges_and_learns(played):
+    """gae gets scaled rewards, and the value of every state, the last ones too. update gets the
+    rows that are no resets, with Â from gae and R̂ = Â + V."""
+    _, judged, learned = played
     # Rewards are divided by the deviation of the discounted sums so far. Resets do not count.
     sums = [1, 2.5, 10, 25, 42.5, 100, 200]
     more = [3, 5.5, 40, 300 + 200 / 2, 400 + 300 / 2 + 200 / 4]
     deviations = [np.std(sums), np.std(sums + more)]
+    # Inputs are the observations, then normalised as what was seen first, and clipped.
+    seen = Script.obs[:3][Script.is_transition[:3]]
+    inputs = [Script.obs[:4], ((Script.obs[3:6] - seen.mean()) / seen.std()).clip(-10, 10)]
     for i, rows in enumerate([slice(0, 3), slice(3, 5)]):
         call = judged[i]
+        V = 2 * inputs[i][:, :, 0] + 1
         assert_allclose(call["rewards"], Script.rewards[rows] / deviations[i], rtol=1e-4)
-        assert_allclose(call["values"], 2 * inputs[i][:, :, 0] + 1, rtol=1e-4)
+        assert_allclose(call["values"], V, rtol=1e-4)
         assert_array_equal(call["terminated"], Script.terminated[rows])
         assert_array_equal(call["truncated"], Script.truncated[rows])
         assert [call["gamma"], call["lam"]] == [0.5, 0.8]
-
-
-def test_eq18_eq19_learn_learns(played):
-    """update gets the rows that are no resets, with Â from gae and R̂ = Â + V."""
-    _, judged, learned, inputs = played
-    for i, rows in enumerate([slice(0, 3), slice(3, 5)]):
+        advantages = call["result"]
         call = learned[i]
         is_transition = Script.is_transition[rows]
         x = inputs[i][:-1][is_transition]
-        advantages = judged[i]["result"][is_transition]
         assert_allclose(call["inputs"], x, rtol=1e-4)
         assert_array_equal(call["actions"], x[:, 0] > 0)
-        assert_array_equal(call["advantages"], advantages)
+        assert_array_equal(call["advantages"], advantages[is_transition])
         # Eq. 18   R̂ = Â + V_φ_k(s)
-        assert_allclose(call["returns"], advantages + 2 * x[:, 0] + 1, rtol=1e-4)
+        assert_allclose(call["returns"], (advantages + V[:-1])[is_transition], rtol=1e-4)
         assert call["remaining"] == [1, 5 / 14][i]
 
 
 both_spaces = pytest.mark.parametrize("space", [TWO, BOX], ids=POLICIES)
 
 
-def test_eq14_trpo_measures_kl_without_entropy_bonus(monkeypatch):
-    """The bonus belongs to the surrogate. With it, the KL would not be a distance."""
-    losses = watch(monkeypatch, "actor_loss")
-    list(ppo.learn(an_agent(objective="trpo", ent_coef=0.3), Script()))
-    kinds = {(call["objective"].__name__, call["ent_coef"] > 0) for call in losses}
-    assert kinds == {("importance_sampling", True), ("kl_divergence", False)}
-
-
 @pytest.mark.parametrize("objective", ["pg", "is", "trpo", "kl", "clip"])
 @both_spaces
-def test_eq19_update(space, objective, rng):
+def test_eq14_eq19_update(space, objective, rng):
     """Three epochs of one minibatch, written out for a twin, with 0.2 of the run still to come."""
     chosen = dict(epochs=3, lr=0.1, actor_lr=0.05, max_grad_norm=0.01, ent_coef=0.3, clip=0.1)
     agent = an_agent(space, objective=objective, kl_target=1e-3, **chosen)
     agent.beta = 0.7
-    twin = copy.deepcopy(agent)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(agent)))
     inputs = rng.standard_normal((12, 1), np.float32)
     advantages, returns = rng.normal(5, [[2], [9]], (2, 12)).astype(np.float32)
     policy, _ = ppo.policy_forward(twin.actor, inputs)
@@ -534,14 +544,19 @@ def test_eq19_update(space, objective, rng):
 
     # Eq. 6   the mean is a baseline
     normalized = (advantages - advantages.mean()) / advantages.std()
-    data = [inputs, actions, log_prob_old, normalized]
     own = {"kl": partial(ppo.kl_penalty, beta=0.7), "clip": partial(ppo.clip, epsilon=0.1)}
-    loss = (OBJECTIVES | own).get(objective)
-    if objective == "trpo":
-        ppo.trpo(twin.theta, twin.actor_shapes, 0.3 * 0.2, data, delta=1e-3)
+    loss = (OBJECTIVES | own).get(objective, ppo.importance_sampling)
+
+    def actor_loss(theta, loss=loss, ent_coef=0.3 * 0.2):
+        actor = ppo.unflatten(theta, twin.actor_shapes)
+        return ppo.actor_loss(actor, loss, ent_coef, inputs, actions, log_prob_old, normalized)
+
+    if objective == "trpo":  # Eq. 14   With the entropy bonus KL would not be a distance.
+        kl = partial(actor_loss, loss=ppo.kl_divergence, ent_coef=0)
+        ppo.trust_region_step(twin.theta, actor_loss, kl, delta=1e-3)
     else:
         for _ in range(1 if objective == "pg" else 3):  # Eq. 10
-            _, gradient = ppo.actor_loss(twin.actor, loss, 0.3 * 0.2, *data)
+            _, gradient = actor_loss(twin.theta)
             twin.actor_adam.step(ppo.clip_by_global_norm(gradient, 0.01), lr=0.05 * 0.2)
     for _ in range(3):
         _, gradient = ppo.critic_loss(twin.critic, inputs, returns)
@@ -625,17 +640,16 @@ def test_eq18_critic_loss_and_its_gradient(rng):
 def test_init_mlp(rng):
     """W is orthogonal, of length √2 or, at last, 1. No sign is preferred. b is 0."""
     params = ppo.init_mlp([3, 8, 5, 2], rng)
-    for layer, squared_length in enumerate([2, 2, 1]):
-        W = params[2 * layer]
+    for W, b, squared_length in zip(params[0::2], params[1::2], [2, 2, 1], strict=True):
         product = W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T
         assert_allclose(product, squared_length * np.eye(len(product)), atol=1e-6)
-        assert not params[2 * layer + 1].any()
+        assert not b.any()
     positive = np.mean([ppo.init_mlp([3, 2], rng)[0] > 0 for _ in range(1000)], axis=0)
     assert_allclose(positive, 0.5, atol=0.07)
 
 
-def test_log_prob_of_known_policies():
-    """It is right even where exp would overflow."""
+def test_eq17_log_prob_and_entropy_of_known_policies():
+    """They are right even where exp would overflow. A log_std (B, d) is one for each state."""
     policy = ppo.Categorical(np.array([[1e4, 1e4, -1e4], np.log([1, 2, 5])]))
     log_prob, _ = policy.log_prob(np.array([1, 2]))
     assert_allclose(log_prob, np.log([1 / 2, 5 / 8]))
@@ -643,22 +657,27 @@ def test_log_prob_of_known_policies():
     # log N(1 | 0, 2²) = -½ (1/2)² - log 2 - ½ log 2π
     log_prob, _ = ppo.Gaussian(np.zeros((1, 1)), np.log([2.0])).log_prob(np.ones((1, 1)))
     assert_allclose(log_prob, -1 / 8 - np.log(2) - 0.9189385332046727)
+    entropy, _ = ppo.Gaussian(np.zeros((2, 2)), np.log([[1, 1], [2, 3]])).entropy()
+    assert_allclose(entropy, [2.837877, 2.837877 + np.log(6)], rtol=1e-6)  # log 2πe = 2.837877
 
 
 def test_clip_by_global_norm():
-    """Longer gradients are scaled down, shorter ones stay. What is not finite does not vanish."""
-    assert_allclose(ppo.clip_by_global_norm(np.array([3.0, 4.0]), 1.0), [0.6, 0.8])
-    assert_array_equal(ppo.clip_by_global_norm(np.array([3.0, 4.0]), 5.0), [3, 4])
-    assert np.isnan(ppo.clip_by_global_norm(np.array([np.nan, 1.0]), 5.0)).any()
+    """Longer gradients are scaled down, shorter ones stay. What overflows does not vanish."""
+    g = np.array([3.0, 4.0])
+    assert_allclose(ppo.clip_by_global_norm(g, 1.0), [0.6, 0.8])
+    assert_array_equal(ppo.clip_by_global_norm(g, 5.0), g)
+    assert np.isnan(ppo.clip_by_global_norm(np.nan * g, 5.0)).all()
+    with np.errstate(over="ignore"):
+        huge = ppo.clip_by_global_norm(np.float32(1e20 * g), 1.0)
+    assert np.isnan(huge).all() or np.allclose(huge, [0.6, 0.8])
 
 
 def test_adam():
     """Three steps, as the paper writes them, for gradients of ordinary size and tiny ones."""
     theta = np.array([7.0, 7.0])
-    adam = ppo.Adam(theta)
     wanted = theta.copy()
-    m = 0
-    v = 0
+    adam = ppo.Adam(theta)
+    m = v = 0
     for t in (1, 2, 3):
         g = np.array([1, 1e-5]) * np.cos(t)
         adam.step(g, lr=0.1)
@@ -681,42 +700,43 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: ppo.gae(r, V[:4], r, r, 1, 1),
         lambda: ppo.gae(r, V, r[:1], r, 1, 1),
         lambda: ppo.gae(r, V, r, r[:, :1], 1, 1),
+        lambda: ppo.gae(r[:, 0], V[:, 0], r[:, 0], r[:, 0], 1, 1),
         lambda: ppo.Gaussian(column, np.zeros(1)).log_prob(np.zeros(16)),
         lambda: ppo.Categorical(np.zeros((16, 3))).log_prob(column),
+        lambda: ppo.Categorical(np.zeros((1, 3))).log_prob(np.array([-1])),  # the last action
         lambda: ppo.critic_loss([np.ones((1, 1)), np.zeros(1)], column, column),
         lambda: loss(inputs, actions, log_prob_old, column),
         lambda: loss(inputs, actions, log_prob_old[:1], log_prob_old),
+        lambda: ppo.Adam(np.zeros(2)).step(np.ones(1), lr=0.1),
+        lambda: an_agent(obs_dim=3).policy(np.zeros((5, 1))),
+        lambda: an_agent(obs_dim=3).act(np.zeros((1, 3))),
     ]
     for call in wrong:
-        with pytest.raises(ValueError, match="must be"):
+        # ppo.py says what must be. Where only ppo.py itself calls, it asserts.
+        with pytest.raises((ValueError, AssertionError), match=r"\(T, 1\)|must be \(|^$"):
             call()
 
 
-BROKEN = [("obs", 0, np.nan), ("obs", 6, np.inf), ("rewards", 5, -np.inf)]
-
-
-@pytest.mark.parametrize(("name", "t", "number"), BROKEN)
-def test_a_rollout_must_be_finite(name, t, number):
+def test_a_rollout_must_be_finite():
     """Observations are checked, the first and the last too, and rewards."""
-    envs = Script()
-    setattr(envs, name, getattr(Script, name).astype(float))
-    getattr(envs, name)[t, 1] = number
-    with pytest.raises(FloatingPointError, match="not finite"):
-        ppo.rollout(envs, lambda obs: obs, envs.obs[0], 6)
+    for name, t, number in [("obs", 0, np.nan), ("obs", 6, np.inf), ("rewards", 5, -np.inf)]:
+        envs = Script()
+        setattr(envs, name, getattr(Script, name).astype(float))
+        getattr(envs, name)[t, 1] = number
+        with pytest.raises(FloatingPointError, match="not finite"):
+            ppo.rollout(envs, lambda obs: obs, envs.obs[0], 6)
 
 
 SECTIONS = Path(ppo.__file__).read_text(encoding="utf-8").split("\n# §")
 DEFINITIONS = ast.parse("\n# ".join(["", *SECTIONS[1:8], SECTIONS[9]])).body  # §1-§7 and §9
+COEFFICIENTS = ["lr", "gamma", "lam", "clip", "kl_target", "ent_coef", "max_grad_norm"]
 
 
-@pytest.mark.parametrize("scale", [0, 1e-6, 1e6])
 @pytest.mark.parametrize("objective", ["pg", "is", "trpo", "kl", "clip"])
 @both_spaces
-def test_each_definition_runs_alone_and_keeps_float32(space, objective, scale, monkeypatch):
-    """Each definition of §1-§7 and §9, pasted with those that it names, carries learn in float32.
-
-    No number overflows, for constant, tiny and huge rewards.
-    """
+def test_each_definition_runs_alone_and_keeps_float32(space, objective, monkeypatch):
+    """Each definition of §1-§7 and §9, pasted with those that it names, carries learn in float32,
+    with np.float64 as coefficients. Nothing overflows, for constant, tiny and huge rewards."""
     pasted = {"np": np, "math": math}
     watched = []
     for node in DEFINITIONS:
@@ -727,12 +747,15 @@ def test_each_definition_runs_alone_and_keeps_float32(space, objective, scale, m
         if isinstance(node, ast.FunctionDef):
             watched.append(watch(monkeypatch, node.name))
         pasted[node.name] = getattr(ppo, node.name)
-    hidden = (4,) if scale > 0 else ()  # a table, in which all values are 0
-    agent = an_agent(space, objective=objective, minibatch_size=1, hidden=hidden)
-    envs = Script()
-    envs.rewards = scale * Script.rewards
-    with np.errstate(over="raise", invalid="raise", divide="raise"):
-        list(ppo.learn(agent, envs))
+    chosen = dict.fromkeys(COEFFICIENTS, np.float64(0.1)) | dict(objective=objective)
+    for scale in (0, 1e-6, 1e6):
+        hidden = (4,) if scale > 0 else ()  # a table, in which all values are 0
+        agent = an_agent(space, hidden=hidden, minibatch_size=1, **chosen)
+        agent.beta = np.float64(1)
+        envs = Script()
+        envs.rewards = scale * Script.rewards
+        with np.errstate(over="raise", invalid="raise", divide="raise"):
+            list(ppo.learn(agent, envs))
     results = [call["result"] for calls in watched for call in calls]
     for result in results:
         for x in result if isinstance(result, tuple | list) else [result]:
@@ -753,94 +776,45 @@ def test_a_new_agent():
     assert agent.beta == 1
 
 
-def test_a_seed_gives_the_same_run_bit_for_bit():
-    """Another seed gives another run."""
-    first, _ = ppo.train(**SMALL, seed=1)
-    again, _ = ppo.train(**SMALL, seed=1)
-    other, _ = ppo.train(**SMALL, seed=2)
-    assert_array_equal(first.theta, again.theta)
-    assert (first.theta != other.theta).any()
-
-
-def test_a_copy_of_an_agent_learns_on():
-    """Copied or pickled in the middle of its life, it learns what the original learns."""
-    agent = an_agent(BOX)
-    list(ppo.learn(agent, Script()))
-    twins = [copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))]
-    records = list(ppo.learn(agent, Script()))
-    assert records[0]["kl"] > 0
-    for twin in twins:
-        assert list(ppo.learn(twin, Script())) == records
-        assert_array_equal(twin.theta, agent.theta)
-
-
 def test_fit_shows_every_row_once_an_epoch():
-    """Minibatches have equal sizes, at most B. Each epoch has another order. Rows stay whole."""
+    """Minibatches have equal sizes, at most B. Each epoch has another order."""
     seen = []
-
-    def loss(x, y):
-        assert_array_equal(x, -y)
-        seen.append(x)
-        return 0, np.zeros(2)
-
-    rows = np.arange(10)
     agent = an_agent(epochs=3, minibatch_size=4)
-    ppo.fit(agent, ppo.Adam(np.zeros(2)), loss, [rows, -rows], lr=0.1)
-    assert [len(x) for x in seen] == [4, 3, 3] * 3
+    adam = ppo.Adam(np.zeros(2))
+    ppo.fit(agent, adam, lambda rows: (seen.append(rows), np.zeros(2)), 10, lr=0.1)
+    assert [len(rows) for rows in seen] == [4, 3, 3] * 3
     epochs = np.concatenate(seen).reshape(3, 10)
-    assert_array_equal(np.sort(epochs), [rows, rows, rows])
+    assert_array_equal(np.sort(epochs), [np.arange(10)] * 3)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_statistics_of_observations(rng):
     """After normalize_steps steps a component keeps them, unless more than 1 % of the rows leave
     ten deviations. Then it gets those of all that was seen."""
-    early = rng.normal([50, -30], [2, 1], (1000, 2))
+    early = rng.normal([1e8, -30], [2, 1], (1000, 2))  # float32 has steps of 8 near 1e8
     late = early.copy()
     far = early.mean(axis=0) - 10.5 * early.std(axis=0)
     late[:11, 0] = far[0]
     late[:10, 1] = far[1]
     seen = np.vstack([early, late])
     agent = an_agent(obs_dim=2, normalize_steps=1000)
-    agent.observe(early)
+    ppo.observe(agent, early)
     assert_allclose([agent.obs_mean, agent.obs_std], [early.mean(axis=0), early.std(axis=0)])
-    agent.observe(late)
+    ppo.observe(agent, late)
     assert_allclose(agent.obs_mean, [seen[:, 0].mean(), early[:, 1].mean()])
     assert_allclose(agent.obs_std, [seen[:, 0].std(), early[:, 1].std()])
     assert_array_equal(agent.normalize(np.array([[1e9, -1e9]])), [[10, -10]])
-    agent = an_agent(obs_dim=2, normalize_steps=0)
-    agent.observe(seen)
-    assert_allclose(agent.normalize(seen), seen, rtol=1e-6)
+    z = (early - agent.obs_mean) / agent.obs_std
+    assert_allclose(agent.normalize(early), z, atol=1e-6)
 
 
-def test_large_offsets_cost_no_digits(monkeypatch):
-    """Observations of float64 with an offset of 1e8, where float32 has steps of 8, stay apart."""
-    learned = watch(monkeypatch, "update")
-    for offset in (0, 1e8):
-        envs = Script()
-        envs.obs = Script.obs.astype(np.float64) + offset
-        list(ppo.learn(an_agent(), envs))
-    _, plain, _, shifted = [call["inputs"] for call in learned]
-    assert_allclose(shifted, plain, atol=1e-6)
-
-
-def test_the_mean_return_is_that_of_the_last_hundred_episodes(monkeypatch):
-    """Before the first one ends it is nan. A reward beyond ten deviations is not clipped."""
-    judged = watch(monkeypatch, "gae")
-    returns = [*range(1, 120), 1e6]
-    envs = Script()
-    envs.num_envs = 1
-    envs.obs = np.zeros((249, 1, 1), np.float32)
-    envs.rewards = np.zeros((248, 1))
-    envs.rewards[9::2, 0] = returns
-    envs.terminated = envs.rewards > 0  # the steps between are resets
-    envs.truncated = envs.rewards < 0
-    records = list(ppo.learn(an_agent(num_steps=1, total_steps=248, gamma=0, epochs=1), envs))
-    assert np.isnan(records[0]["mean_return"])
-    assert [records[-1]["steps"], records[-1]["episodes"]] == [248, 120]
-    assert records[-1]["mean_return"] == pytest.approx(np.mean(returns[-100:]))
-    deviation = np.std([*np.zeros(9), *returns])
-    assert judged[-1]["rewards"].max() == pytest.approx(1e6 / deviation)
+def test_a_reward_beyond_ten_deviations_stays():
+    """Of 400 rewards a single one that is not 0 is 20 deviations large."""
+    agent = an_agent(gamma=0)
+    rewards = np.zeros((400, 1))
+    rewards[7] = 3
+    ppo.scale_rewards(agent, rewards, rewards > 9, rewards < 9, np.zeros(1))
+    assert rewards.max() == pytest.approx(20, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["theta", "phi", "obs_std"])
@@ -850,8 +824,25 @@ def test_a_run_that_diverges_stops(name):
     learning = ppo.learn(agent, Script())
     next(learning)
     getattr(agent, name)[0] = np.inf
-    with pytest.raises(FloatingPointError, match="diverged before step 18"):
+    with pytest.raises(FloatingPointError, match="diverged after step 18"):
         next(learning)
+
+
+SIZES = ["lr", "clip", "kl_target", "max_grad_norm"]
+LEAST = dict.fromkeys(SIZES, 1e-300) | dict(gamma=0, lam=0, log_std_init=-100, hidden=())
+MOST = dict.fromkeys([*SIZES, "ent_coef"], 1e12) | dict(gamma=1, lam=1, log_std_init=100)
+HASTY = dict(lr=1, ent_coef=1e3, epochs=20, minibatch_size=3, log_std_init=-40)
+
+
+@pytest.mark.parametrize("chosen", [LEAST, MOST, HASTY], ids=["least", "most", "hasty"])
+def test_extreme_settings_keep_the_parameters_finite(chosen):
+    """Two iterations end with finite parameters, or with an error."""
+    for env in ["CartPole-v1", "Pendulum-v1", "FrozenLake-v1"]:
+        for objective in ["pg", "is", "trpo", "kl", "clip"]:
+            agent = ppo.new_agent(env, objective=objective, num_steps=6, total_steps=24, **chosen)
+            with contextlib.suppress(FloatingPointError), np.errstate(all="ignore"):
+                list(ppo.learn(agent, ppo.make_envs(env, 2)))
+                assert np.isfinite([*agent.theta, *agent.phi]).all()
 
 
 # E  The ends of episodes --------------------------------------------
@@ -861,68 +852,80 @@ class Toy(gym.Env):
     """Random observations of any space, and reward 1 for every legal action.
 
     Its episodes end truly after a number of steps in ends, or at a time limit after one in limits.
+    Gymnasium cannot collect its info.
     """
 
     metadata = {"render_modes": ["human"], "render_fps": 50}
-    transitions = []  # observation and action of every step
-    seeds = []  # every seed that reset received
+    ends = ()
+    limits = (10,)
 
-    def __init__(self, spaces, ends=(), limits=(10,), render_mode=None):
+    def __init__(self, spaces, render_mode=None):
         self.observation_space, self.action_space = spaces
-        self.ends = ends
-        self.limits = limits
         self.render_mode = render_mode
+        self.episode = 0
+        self.number = Toy.num_open
+        Toy.num_open += 1
+        Toy.most_open = max(Toy.most_open, Toy.num_open)
+
+    def close(self):
+        Toy.num_open -= 1
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
             self.observation_space.seed(seed)
             Toy.seeds.append(seed)
+        self.episode += 1
         self.t = 0
-        self.length = self.np_random.choice([*self.ends, *self.limits])
-        self.obs = self.observe()
-        return self.obs, self.info(0)
+        self.length = self.choose_length()
+        self.obs = self.observation_space.sample()
+        return self.obs, {"it": np.zeros(self.number)}
 
     def step(self, action):
         assert self.action_space.contains(np.asarray(action)), action
         Toy.transitions.append((self.obs, action))
         reward = self.reward(action)
         self.t += 1
-        self.obs = self.observe()
+        self.obs = self.observation_space.sample()
         is_over = self.t == self.length
         terminated = is_over and self.length in self.ends
         truncated = is_over and self.length in self.limits
-        return self.obs, reward, terminated, truncated, self.info(action)
+        return self.obs, reward, terminated, truncated, {"it": np.zeros(self.number)}
 
-    def observe(self):
-        return self.observation_space.sample()
+    def choose_length(self):
+        return self.np_random.choice([*self.ends, *self.limits])
 
     def reward(self, action):
         return 1.0
 
-    def info(self, action):
-        return {}
 
-
-def toy(obs_space=BOX, action_space=THREE, env=Toy, name="Toy-v0", **kwargs):
-    """Register such an environment, and return its name."""
+def toy(obs_space=BOX, action_space=THREE, name="Toy-v0", **own):
+    """Register it anew, with some attributes of its own, and return its name."""
+    Toy.seeds = []
+    Toy.transitions = []  # observation and action of every step
+    Toy.num_open = Toy.most_open = 0
     gym.registry.pop(name, None)
-    gym.register(name, env, kwargs={"spaces": (obs_space, action_space), **kwargs})
+    gym.register(name, type("Toy", (Toy,), own), kwargs={"spaces": (obs_space, action_space)})
     return name
 
 
 SMALL = dict(num_envs=2, num_steps=8, minibatch_size=8, total_steps=32, eval_episodes=2)
+SMALL_FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 
-def run(command, capsys, status=0):
-    """Run a command line with these settings, check its exit status, return what it printed."""
-    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    with pytest.raises(SystemExit) as stopped:
-        sys.exit(ppo.main([*small, *command.split()]))
-    assert stopped.value.code == status
-    out, err = capsys.readouterr()
-    assert re.fullmatch("ppo.py: .*\n" if status == 2 else "", err)
-    return out, err
+@pytest.fixture
+def run(capsys):
+    """Run a command line after some flags, check its exit status, return what it printed."""
+
+    def run(command, status=0, flags=SMALL_FLAGS):
+        with pytest.raises(SystemExit) as stopped:
+            sys.exit(ppo.main([*flags, *command.split()]))
+        assert stopped.value.code == status
+        out, err = capsys.readouterr()
+        assert re.fullmatch("ppo.py: .*\n" if status == 2 else "", err)
+        return out + err
+
+    return run
 
 
 @pytest.mark.parametrize(("ends", "limits", "value"), [((), [10], 10), ([10], (), 4.138)])
@@ -936,51 +939,57 @@ def test_a_time_limit_is_no_end(ends, limits, value):
     agent, _ = ppo.train(env, **chosen)
     inputs = agent.normalize(np.linspace(0, 1, 11)[:, None])
     values, _ = ppo.mlp_forward(agent.critic, inputs)
-    assert values.mean() * agent.return_stats.var**0.5 == pytest.approx(value, rel=0.03)
+    _, variance, _ = agent.return_moments
+    assert values.mean() * variance**0.5 == pytest.approx(value, rel=0.03)
 
 
 @pytest.mark.parametrize(("num_envs", "num_steps"), [(3, 17), (2, 1)])
 def test_every_transition_is_learned_from_once(num_envs, num_steps, monkeypatch):
     """No reset is. The action is the sample, of which the environment received twice as much."""
-    update = ppo.update
-    learned = []
-
-    def watched_update(agent, inputs, actions, *rest, **more):
-        assert len(actions) > 0  # some rollouts of one step consist of resets only
-        learned.extend(np.hstack([inputs, (2 * actions).clip(-2, 2)]).tolist())
-        return update(agent, inputs, actions, *rest, **more)
-
-    monkeypatch.setattr(ppo, "update", watched_update)
-    Toy.transitions = []
+    calls = watch(monkeypatch, "update")
     env = toy(BOX, gym.spaces.Box(-2, 2, (2,)), ends=(2, 4, 6), limits=(1, 3, 5, 7))
     chosen = dict(num_envs=num_envs, num_steps=num_steps, normalize_steps=0, log_std_init=0.0)
     ppo.train(env, total_steps=459, **chosen)
+    learned = []
+    for call in calls:
+        assert len(call["actions"]) > 0  # some rollouts of one step consist of resets only
+        learned += np.hstack([call["inputs"], (2 * call["actions"]).clip(-2, 2)]).tolist()
     played = [[*obs.tolist(), *action.tolist()] for obs, action in Toy.transitions]
     assert len(played) > 300
     assert sorted(learned) == sorted(played)
 
 
+def test_the_mean_return_is_that_of_the_last_hundred_episodes():
+    """Before the first one ends it is nan. Here episode i has the reward i."""
+    env = toy(limits=(1,), reward=lambda env, action: float(len(Toy.transitions)))
+    _, history = ppo.train(env, num_envs=1, num_steps=50, total_steps=300)
+    assert [record["episodes"] for record in history] == [25, 50, 75, 100, 125, 150]
+    assert [record["mean_return"] for record in history[3:]] == [50.5, 75.5, 100.5]
+    _, history = ppo.train(toy(), **SMALL)
+    assert np.isnan(history[0]["mean_return"])
+
+
 # F  The tasks -------------------------------------------------------
 
-OBSERVATIONS = [
-    gym.spaces.Box(0, 255, (3,), np.uint8),
-    gym.spaces.Box(-1, 1, (2,), np.int8),
-    gym.spaces.Box(0, 1, (), np.float64),
-    gym.spaces.Box(0, 255, (4, 4, 3), np.uint8),
-    gym.spaces.Dict(a=gym.spaces.Text(5), b=gym.spaces.Dict(c=BOX)),
-    gym.spaces.Tuple([THREE, THREE]),
-    gym.spaces.MultiDiscrete([3, 2]),
-    gym.spaces.MultiBinary(3),
-    gym.spaces.Discrete(5, start=-2),
+WIDE = gym.spaces.Box(0, 50, (2,))
+NUMBERED = gym.spaces.Discrete(5, start=-2)
+SPACES = [
+    (gym.spaces.Box(-1, 1, (2,), np.int8), WIDE),
+    (gym.spaces.Box(0, 1, (), np.float64), THREE),
+    (gym.spaces.Box(0, 255, (4, 4, 3), np.uint8), WIDE),
+    (gym.spaces.Dict(a=gym.spaces.Text(5), b=gym.spaces.Dict(c=BOX)), THREE),
+    (gym.spaces.Tuple([THREE, THREE]), WIDE),
+    (gym.spaces.MultiBinary(3), THREE),
+    (NUMBERED, WIDE),
+    (NUMBERED, THREE),
 ]
 
 
-@pytest.mark.parametrize("action_space", [THREE, gym.spaces.Box(0, 50, (2,))], ids=str)
-@pytest.mark.parametrize("observation_space", OBSERVATIONS, ids=str)
-def test_spaces(observation_space, action_space):
+@pytest.mark.parametrize(("observations", "actions"), SPACES, ids=str)
+def test_spaces(observations, actions):
     """All that can be flattened is observed. Discrete with Discrete actions is a table."""
-    agent, _ = ppo.train(toy(observation_space, action_space), **SMALL)
-    is_table = isinstance(observation_space, gym.spaces.Discrete) and action_space == THREE
+    agent, _ = ppo.train(toy(observations, actions), **SMALL)
+    is_table = observations == NUMBERED and actions == THREE
     assert (len(agent.actor) == 2) == is_table
     assert (agent.settings.hidden == ()) == is_table
     Toy.transitions = []
@@ -989,10 +998,42 @@ def test_spaces(observation_space, action_space):
         assert_allclose(agent.act(obs), action, rtol=1e-4)
 
 
-def test_xor_of_two_bits_is_learned(monkeypatch):
+def test_many_numbered_states_take_little_memory():
+    """20,000 of them do not take 20,000 × 20,000 numbers, which are 1.6 GB."""
+    tracemalloc.start()
+    ppo.make_envs(toy(gym.spaces.Discrete(20_000)), 2).reset(seed=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+class Halves(gym.vector.VectorObservationWrapper):
+    """CartPole of which one sees the angle and its speed."""
+
+    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+    def __init__(self, num_envs=1):
+        super().__init__(CartPoleVectorEnv(num_envs))
+
+    def observations(self, obs):
+        return obs[:, 2:]
+
+
+def test_vector_environments_may_be_wrapped():
+    """The observations that count are those of the wrapper."""
+    gym.register("Halves-v0", vector_entry_point=Halves)
+    agent, _ = ppo.train("Halves-v0", **SMALL)
+    assert agent.actor[0].shape == (2, 64)
+    assert ppo.evaluate(agent).min() > 1
+
+
+def test_xor_of_two_bits_is_learned():
     """It needs a hidden layer: the best linear policy gets 7.5 of 10."""
-    monkeypatch.setattr(Toy, "reward", lambda env, action: float(action == env.obs[0] ^ env.obs[1]))
-    env = toy(gym.spaces.MultiBinary(2), TWO)
+
+    def reward(env, action):
+        return float(action == env.obs[0] ^ env.obs[1])
+
+    env = toy(gym.spaces.MultiBinary(2), TWO, reward=reward)
     means = []
     for seed in range(3):  # about one seed in twelve stays behind
         agent, _ = ppo.train(env, total_steps=12_000, num_steps=32, seed=seed)
@@ -1006,13 +1047,14 @@ HIGH = np.float32([0.5, np.inf, HUGE, np.inf])
 INT32 = gym.spaces.Discrete(3, start=7)
 INT32.dtype = np.dtype(np.int32)
 LEGAL = [  # a space, what the policy wants, what the environment receives
-    (THREE, [0, 5, 1], 1),
     (INT32, [0, 5, 1], 8),
     (gym.spaces.Box(-1, 3, (2, 2), np.float64), [0.5, -3, 7, 0.25], [[2, -1], [3, 1.5]]),
     (gym.spaces.Box(LOW, HIGH), [0.5, -9, 9, -9], [0.25, 0, 9, -9]),
     (gym.spaces.Box(0, 255, (), np.uint8), [0.999], 255),
     (gym.spaces.Box(-5, 5, (3,), np.int64), [0.5, -0.5, 0.55], [2, -2, 3]),
-    (gym.spaces.Box(-np.inf, np.inf, (2,), np.int64), [1, -1], [1, -1]),
+    # float64 rounds such limits: then the largest number would become the smallest
+    (gym.spaces.Box(0, 2**63 - 1, (2,), np.int64), [1, -9], [1, 0]),
+    (gym.spaces.Box(0, 2**64 - 1, (2,), np.uint64), [1, -9], [1, 0]),
 ]
 
 
@@ -1028,45 +1070,23 @@ def test_actions_are_legal(space, wanted, received):
 
 
 def test_settings_are_chosen_by_kind_and_by_name():
-    """Chosen wins over the task, the task over its kind, the kind over the default."""
-    for env in ["Pendulum-v1", "Pendulum", "gymnasium.envs.classic_control:Pendulum-v1"]:
-        chosen = ppo.new_agent(env, lam=0.125).settings
-        assert chosen.lam == 0.125
-        assert chosen.lr == 1e-3  # the task's
-        assert chosen.gamma == 0.99  # that of its kind
-        assert chosen.clip == 0.2  # the default
+    """Chosen wins over Gymnasium's own task, the task over its kind, the kind over the default."""
+    toy(BOX, gym.spaces.Box(-2, 2, (1,)), name="Pendulum-v0")
+    gym.register("Pendulum-vertical", "gymnasium.envs.classic_control:PendulumEnv")
+    names = ["Pendulum-v1", "Pendulum", "gymnasium.envs:Pendulum-v1"]
+    names += ["Pendulum-v0", "Pendulum-vertical"]
+    for name, lr in zip(names, [1e-3, 1e-3, 1e-3, 6e-4, 6e-4], strict=True):
+        chosen = ppo.new_agent(name, epochs=7).settings
+        assert [chosen.epochs, chosen.lr, chosen.gamma, chosen.clip] == [7, lr, 0.99, 0.2]
 
 
-def test_what_is_wrong_in_python_is_said():
-    """And what to write instead."""
-    with pytest.raises(ValueError, match=r"is_slippery.*gym\.register"):
-        ppo.train("FrozenLake-v1", is_slippery=False)
-    with pytest.raises(ValueError, match="env must be a name, CartPole-v1"):
-        ppo.train(gym.make("CartPole-v1"))
-    with pytest.raises(ValueError, match="hidden must be a list"):
-        ppo.train(hidden=64)
-    agent = ppo.new_agent("CartPole-v1")
-    for obs in [np.zeros(3), np.zeros((1, 4)), 0.0]:
-        with pytest.raises(ValueError, match=r"an observation must be \(4,\)"):
-            agent.act(obs)
-    with pytest.raises(ValueError, match="must be"):
-        agent.policy(np.zeros((5, 1)))
-
-
-def test_what_comes_late_in_an_episode_is_seen(monkeypatch):
-    """A number that leaves ±10 gets new statistics. Others keep those of the first rollout."""
-
-    def observe(env):
-        return np.array([env.np_random.normal(), max(env.t - 200, 0)], np.float32)
-
-    monkeypatch.setattr(Toy, "observe", observe)
-    env = toy(gym.spaces.Box(-np.inf, np.inf, (2,)), limits=(300,))
-    obs = np.array([[1, 0], [1, 50], [1, 100]])
-    first, _ = ppo.train(env, num_envs=2, num_steps=64, total_steps=128)
-    assert_array_equal(first.normalize(obs)[:, 1], [0, 10, 10])
-    last, _ = ppo.train(env, num_envs=2, num_steps=64, total_steps=1280)
-    assert_array_equal(last.normalize(obs)[:, 0], first.normalize(obs)[:, 0])
-    assert np.diff(last.normalize(obs)[:, 1]).min() > 0.5
+def test_settings_may_be_numpy_scalars(folder):
+    """They become Python's numbers, also in a file."""
+    chosen = dict(num_envs=np.int32(2), num_steps=np.uint8(8), total_steps=np.int64(32))
+    agent, _ = ppo.train(**chosen, lr=np.float64(0.5), hidden=np.array([4, 3]))
+    ppo.save("p.npz", agent)
+    plain = ppo.Settings(num_envs=2, num_steps=8, total_steps=32, lr=0.5, hidden=(4, 3))
+    assert repr(agent.settings) == repr(ppo.load("p.npz").settings) == repr(plain)
 
 
 TASKS = [  # task, steps, mean return
@@ -1087,93 +1107,40 @@ def test_tasks_are_learned(task, steps, enough):
     assert ppo.evaluate(agent, 20).mean() >= enough
 
 
-class Uneven(gym.vector.VectorEnv):
-    """Reward 1 for ever. Episodes of environment i have i + shortest steps."""
-
-    def __init__(self, num_envs, shortest=1):
-        self.num_envs = num_envs
-        self.single_observation_space = BOX
-        self.single_action_space = THREE
-        self.action_space = gym.spaces.MultiDiscrete([3] * num_envs)
-        self.lengths = np.arange(num_envs) + shortest
-        self.obs = np.zeros((num_envs, 2), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        self.t = np.zeros(self.num_envs)
-        return self.obs, {}
-
-    def step(self, actions):
-        is_reset = self.t == self.lengths
-        self.t = np.where(is_reset, 0, self.t + 1)
-        return self.obs, 1.0 - is_reset, self.t == self.lengths, self.t < 0, {}
-
-
-gym.register("Uneven-v0", vector_entry_point=Uneven)
-gym.register("Endless-v0", vector_entry_point=Uneven, kwargs={"shortest": np.inf})
-
-
 def test_evaluation_plays_whole_episodes(capsys):
-    """Each of ten environments plays one a round, to its end or to 100,000 steps, as is printed."""
-    agent = ppo.new_agent("Uneven-v0")
+    """Each of ten environments plays one a round, to its end. Rewards after it do not count.
+
+    If an episode is cut off, the round is the last, and a line says so.
+    """
+    one_two_three = dict(limits=range(11), choose_length=lambda env: env.number + 1)
+    agent = ppo.new_agent(toy(**one_two_three))
     assert_array_equal(ppo.evaluate(agent, 13), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 2, 3])
-    agent = ppo.new_agent(toy(ends=(2000,), limits=()))
-    assert_array_equal(ppo.evaluate(agent, 1), [2000])
-    out, _ = run("--env Endless-v0 --hidden --normalize-steps 0", capsys)
-    assert "greedy evaluation over 2 episodes: mean 100,000, std 0," in out
-    assert "2 cut off after 100,000 steps" in out
+    toy(**one_two_three, reward=lambda env, action: 1.0 if env.episode == 1 else np.inf)
+    assert_array_equal(ppo.evaluate(agent, 3), [1, 2, 3])
+    assert capsys.readouterr().out == ""
+    toy(**one_two_three | dict(limits=range(10)))  # the tenth environment never ends
+    assert_array_equal(ppo.evaluate(agent, 35, max_steps=50), [1, 2, 3, 4, 5, 6, 7, 8, 9, 50])
+    assert "cut off after 50 steps" in capsys.readouterr().out
 
 
-class Single(Toy):
-    """A simulator of which only one may exist at a time."""
-
-    exists = False
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        assert not Single.exists
-        Single.exists = True
-
-    def close(self):
-        Single.exists = False
-
-
-def test_no_more_environments_than_num_envs_are_open(capsys):
-    """With --num-envs 1 there is one at a time, in the evaluation, too."""
-    run(f"--env {toy(env=Single)} --num-envs 1", capsys)
-    assert not Single.exists
-
-
-def test_seeds_of_environments():
-    """They are below 2**31, depend on --seed, and are others in the evaluation."""
+def test_seeds_and_number_of_environments():
+    """Seeds are below 2**31, depend on --seed, and are others in the evaluation. At most num_envs
+    environments are open, there too, and none at the end."""
     runs = []
     for seed in [0, 2**32 - 1, 2**32 - 1]:
-        Toy.seeds = []
         agent, _ = ppo.train(toy(), **SMALL, seed=seed)
         ppo.evaluate(agent, 40)
         runs.append(Toy.seeds)
+        assert [Toy.most_open, Toy.num_open] == [2, 0]
     assert runs[1] == runs[2]
     different = {*runs[0], *runs[1]}
     assert len(different) == 2 * (2 + 40)
     assert max(different) < 2**31
 
 
-INFOS = [
-    lambda env, action: {"growing": np.arange(env.t)},
-    lambda env, action: {"number or text": 3.0 if env.t % 2 else "none"},
-    lambda env, action: {"of two shapes": np.zeros(action + 1)},
-    lambda env, action: {"number or None": None if action else 1},
-]
-
-
-@pytest.mark.parametrize("info", INFOS)
-def test_info_may_be_anything(info, monkeypatch):
-    """ppo.py never reads it, so Gymnasium does not collect it."""
-    monkeypatch.setattr(Toy, "info", info)
-    _, history = ppo.train(toy(), **SMALL)
-    assert history[-1]["mean_return"] == 10
-
-
 # G  The command line and the README ---------------------------------
+
+ROOT = Path(ppo.__file__).parent
 
 
 @pytest.fixture
@@ -1184,196 +1151,172 @@ def folder(tmp_path, monkeypatch):
 
 def printed_steps(out):
     """Return the first column of the rows that a run printed."""
-    rows = re.findall(r"^ +([\d,]+)(?: +\S+){6}$", out, re.M)
+    rows = re.findall(r"^ +([\d,]+)(?: +[^ #|]+){6}$", out, re.M)
     return [int(steps.replace(",", "")) for steps in rows]
 
 
-ROOT = Path(ppo.__file__).parent
-toy(BOX, gym.spaces.MultiBinary(3), name="Wide-v0")
+toy(gym.spaces.Sequence(BOX), name="Words-v0")
+toy(BOX, gym.spaces.MultiBinary(3), name="Bits-v0")
+REFUSED = [
+    ("--hidden 64 0", "hidden must be"),
+    ("--gamma 1.01", "gamma must be"),
+    ("--lr nan", "lr must be"),
+    ("--epochs many", "--epochs"),
+    ("--objective ppo", "pg, is, trpo, kl or clip"),
+    ("--env HalfCheetah-v3", "v3"),
+    ("--env Mine-v0", "module:Name-v0"),
+    ("--env missing:Mine-v0", "'missing'"),
+    ("--env .x:Y", ".x:Y"),
+    ("--env Words-v0", r"observations .*Sequence\(Box(?!.*Discrete)"),
+    ("--env Bits-v0", r"actions .*MultiBinary\(3\)(?!.*Box)"),
+    ("--render", "pygame"),
+    ("--play missing.npz", "missing.npz"),
+    ("--play pole.npz --env Acrobot-v1", "not fit Acrobot-v1"),
+    ("--load pole.npz --hidden 32", "not fit hidden"),
+    ("--play pole.npz --save p.npz", "--play only"),
+    ("--save missing/p.npz", "missing/p.npz"),
+    ("--log missing/run.csv", "missing/run.csv"),
+    ("--load pole.npz --log ./pole.npz", "--log"),
+]
 
 
-@pytest.mark.parametrize(
-    ("command", "clue"),
-    [
-        ("--num-envs 0", "num_envs must be"),
-        ("--gamma 1.01", "gamma must be"),
-        ("--seed 4294967296", "seed must be"),
-        ("--hidden 64 0", "hidden must be"),
-        ("--lr nan", "lr must be"),
-        ("--epochs many", "--epochs"),
-        ("--num-envs 1 --num-steps 1", "2 or more"),
-        ("--objective ppo", "pg, is, trpo, kl or clip"),
-        ("--env CartPole-v9", "v1"),
-        ("--env Mine-v0", "module:Name-v0"),
-        ("--env a:b:c", "a:b:c"),
-        ("--env Wide-v0", "MultiBinary(3)"),
-        ("--env HalfCheetah-v3", "-v3"),
-        ("--play missing.npz", "missing.npz"),
-        ("--play pole.npz --env Acrobot-v1", "does not fit Acrobot-v1"),
-        ("--play pole.npz --save p.npz", "--play only"),
-        ("--play pole.npz --load p.npz", "--play only"),
-        ("--play pole.npz --log run.csv", "--play only"),
-        ("--save=", "name"),
-        ("--save missing/", "missing/"),
-        ("--save missing/p.npz", "missing/p.npz"),
-        ("--log missing/run.csv", "missing/run.csv"),
-        ("--save p.npz --log p.npz", "of its own"),
-        ("--render", "pygame"),
-    ],
-)
-def test_what_cannot_work_is_refused_at_once(command, clue, folder, monkeypatch, capsys):
-    """One line says what to change, before anything is printed or written."""
+@pytest.mark.parametrize(("command", "clue"), REFUSED)
+def test_what_cannot_work_is_refused_at_once(command, clue, run, folder, monkeypatch):
+    """One line says what to change, before anything is printed or written. All is closed."""
     monkeypatch.setitem(sys.modules, "pygame", None)  # as if it were not installed
     ppo.save("pole.npz", ppo.new_agent("CartPole-v1"))
-    out, err = run(command, capsys, 2)
-    assert clue in err
-    assert out == ""
+    assert re.fullmatch(f"ppo.py: .*{clue}.*\n", run(command, status=2))
     assert os.listdir() == ["pole.npz"]
+    ppo.load("pole.npz")
+    assert Toy.num_open == 0
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyError])
-def test_errors_of_an_environment_keep_their_traceback(error, monkeypatch, capsys):
-    """The exception comes out of main, with its file and line."""
+ERRORS = [FloatingPointError, MemoryError, gym.error.Error, ImportError]
+ERRORS += [TypeError, ValueError, OSError, KeyError]
 
-    def step(env, action):
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_of_an_environment_keep_their_traceback(error, run):
+    """What its constructor or a step raises comes out of main."""
+
+    def broken(*args, **kwargs):
         raise error("a bug")
 
-    monkeypatch.setattr(Toy, "step", step)
-    with pytest.raises(error, match="a bug"):
-        run(f"--env {toy()}", capsys)
+    for method in ["__init__", "step"]:
+        with pytest.raises(error, match="a bug"):
+            run(f"--env {toy(**{method: broken})}")
 
 
-FLOATS = [f for f in dataclasses.fields(ppo.Settings) if f.type is float]
-RANDOM = {f.name: st.floats(f.metadata["low"], f.metadata["high"]) for f in FLOATS}
-RANDOM["seed"] = st.integers(0, 2**32 - 1)
-RANDOM |= dict.fromkeys(["num_envs", "num_steps", "epochs", "minibatch_size"], st.integers(2, 6))
-RANDOM["hidden"] = st.lists(st.integers(1, 6), max_size=3)
-RANDOM["objective"] = st.sampled_from(["pg", "is", "trpo", "kl", "clip"])
-RANDOM["env"] = st.sampled_from(["CartPole-v1", "Pendulum-v1", "FrozenLake-v1"])
+def test_about_twenty_rows_and_the_last_are_printed(run):
+    """If there are as many iterations."""
+    for total_steps, least in [(3, 1), (331, 19), (1280, 19)]:
+        steps = printed_steps(run(f"--total-steps {total_steps}"))
+        assert total_steps <= steps[-1] < total_steps + 2
+        assert least <= len(steps) <= 22
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.fixed_dictionaries(RANDOM))
-def test_random_settings_keep_the_parameters_finite(chosen):
-    """Two iterations with any valid settings end with finite parameters, or with an error."""
-    total_steps = 2 * chosen["num_envs"] * chosen["num_steps"]
-    try:
-        with np.errstate(all="ignore"):
-            agent, _ = ppo.train(**chosen, total_steps=total_steps)
-    except FloatingPointError:
-        return
-    assert np.isfinite(agent.theta).all()
-    assert np.isfinite(agent.phi).all()
+def test_a_terminal_shows_progress_before_the_first_row(run, monkeypatch):
+    """A live line shows steps, speed and time left from the first steps on. All is ASCII."""
+    clock = iter(range(10**6))  # a second passes whenever somebody looks
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out = run("")
+    assert re.search(r"\b4 steps, 2 steps/s, 14 s left *\r", out.split("mean_return")[0])
+    assert (out + run("--help")).isascii()
 
 
-def test_a_run_prints_and_logs_what_it_does(folder, monkeypatch, capsys):
+def test_a_run_prints_and_logs_what_it_does(run, folder):
     """Numbers have four significant digits. The log has a CSV row for each iteration."""
-    monkeypatch.setattr(Toy, "reward", lambda env, action: 0.00041237)
-    out, _ = run(f"--env {toy()} --log run.csv", capsys)
-    assert out.startswith("Settings(env='Toy-v0', seed=0, total_steps=32, num_envs=2,")
+    env = toy(reward=lambda env, action: 0.00041237)
+    out = run(f"--env {env} --log run.csv --save p.npz")
     assert printed_steps(out) == [16, 32]
     assert re.search(r"^ +32 +2 +0\.004124 ", out, re.M)
-    assert "\ngreedy evaluation over 2 episodes: mean 0.004124, std 0, min 0.004124" in out
-    assert out.isascii()
+    assert "---" not in out  # a flat curve shows nothing
     assert "\r" not in out  # for terminals
+    assert re.search(r"\n.* s, [\d,]+ steps/s\n.*ppo\.py --play p\.npz --render\n", out)
+    assert "\ngreedy evaluation over 2 episodes: mean 0.004124, std 0, min 0.004124" in out
     rows = Path("run.csv").read_text().splitlines()
     assert rows[0] == "steps,episodes,mean_return,kl,clipped,entropy,explained"
     assert [row.split(",")[0] for row in rows[1:]] == ["16", "32"]
 
 
-def test_standard_output_may_be_any_object(monkeypatch, capsys):
-    """Notebooks and IDLE have their own. The help is ASCII, too."""
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    run("", capsys)
-    assert printed_steps(out.getvalue()) == [16, 32]
-    run("--help", capsys)
-    assert out.getvalue().isascii()
+COMMANDS = [
+    "--env Toy-v0 --total-steps 64 --num-steps 4 --epochs 2 --objective kl --kl-target 0.1",
+    "--env FrozenLake-v1 --total-steps 1024 --num-envs 16 --normalize-steps 1",  # the defaults
+    "--env Pendulum-v1 --total-steps 600 --num-steps 50 --log-std-init -0.25 --hidden 9 9",
+]
 
 
-def test_a_terminal_shows_progress_before_the_first_row(monkeypatch, capsys):
-    """A live line shows steps, speed and time left from the first steps on."""
-
-    def slow_reward(env, action):
-        time.sleep(0.06)
-        return 1.0
-
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(Toy, "reward", slow_reward)
-    out, _ = run(f"--env {toy()}", capsys)
-    before_the_rows = out.split("mean_return")[0]
-    assert re.search(r"\d steps, \d+ steps/s, \d s left *\r", before_the_rows)
-
-
-@pytest.mark.parametrize(("total_steps", "least"), [(3, 1), (63, 1), (5136, 19), (20_001, 19)])
-def test_twenty_rows_and_the_last_are_printed(total_steps, least, capsys):
-    """About twenty, if it has as many iterations."""
-    out, _ = run(f"--num-envs 16 --num-steps 16 --total-steps {total_steps}", capsys)
-    steps = printed_steps(out)
-    assert total_steps <= steps[-1] < total_steps + 16
-    assert least <= len(steps) <= 22
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_first_line_repeats_a_run_and_a_file_its_last(command, run, folder):
+    """The flags are all that differ from the task's. --play and evaluate say what the run said."""
+    toy(reward=lambda env, action: env.obs[0])
+    first, *others = run(f"{command} --eval-episodes 2 --save p.npz", flags=[]).splitlines()
+    again = run(first.removeprefix("python ppo.py"), flags=[]).splitlines()
+    *rows, _, saved, last = others
+    assert [first, *rows, last] == [*again[:-2], again[-1]]
+    assert max(len(row) for row in rows) <= 79
+    assert run("--play p.npz", flags=[]) == last + "\n"
+    agent = ppo.load("p.npz")
+    assert f"--lr {agent.settings.lr}" in first or agent.settings.lr == ppo.Settings.lr
+    mean = ppo.evaluate(agent).mean()
+    assert f"over 2 episodes: mean {mean:.4g} std" in last.replace(",", "")
 
 
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "FrozenLake-v1"])
-def test_a_policy_file_plays_as_the_run_ended(env, folder, capsys):
-    """The last line of a run, of --play with its file, and evaluate say the same."""
-    trained, _ = run(f"--env {env} --save p.npz", capsys)
-    played, _ = run("--play p.npz", capsys)
-    assert trained.endswith("\n" + played)
-    mean = ppo.evaluate(ppo.load("p.npz")).mean()
-    assert f"over 2 episodes: mean {mean:.4g} std" in played.replace(",", "")
+@pytest.mark.parametrize("returns", [[-1511, -190], [0.0125, 0.0131], [9.5, 500], [-2e7, 1e7]])
+def test_the_curve_has_round_ticks(returns, capsys):
+    """They are 1, 2 or 5 times a power of ten apart. A # stands where a tick is reached."""
+    history = [dict(steps=9, episodes=0, mean_return=math.nan)]
+    history += [dict(steps=mean, episodes=1, mean_return=mean) for mean in returns]
+    ppo.print_curve(history)
+    *bars, axis, _ = capsys.readouterr().out.splitlines()
+    ticks = np.array([float(line.split()[0].replace(",", "")) for line in [*bars, axis]])
+    distance = ticks[0] - ticks[1]
+    assert f"{distance:.2e}"[:4] in ("1.00", "2.00", "5.00")
+    assert_allclose(np.diff(ticks), -distance)
+    line = np.linspace(*returns, 60)
+    assert [bar.count("#") for bar in bars] == [sum(line >= tick) for tick in ticks[:-1]]
+    assert 3 <= len(bars) <= 15
+    assert ticks[-1] <= returns[0] < ticks[-2]
+    assert ticks[0] + distance > returns[1]
 
 
 def test_a_warm_start_learns_on(folder, monkeypatch):
-    """Policy, critic and statistics are the file's, bit for bit. The learning rate starts again."""
-    trained, _ = ppo.train(**SMALL)
-    ppo.save("p.npz", trained)
-    agent = ppo.load("p.npz", total_steps=64)
-    assert_array_equal(agent.theta, trained.theta)
-    assert_array_equal(agent.phi, trained.phi)
-    assert_array_equal(agent.normalize(np.eye(4)), trained.normalize(np.eye(4)))
-    np.testing.assert_equal(vars(agent.obs_stats), vars(trained.obs_stats))
-    np.testing.assert_equal(vars(agent.return_stats), vars(trained.return_stats))
+    """Policy, critic and statistics are the file's, bit for bit. The learning rate starts again.
 
+    Random numbers go on, so that episodes are new, unless a seed is chosen.
+    """
+    env = toy()
+    trained, _ = ppo.train(env, **SMALL)
+    ppo.save("p.npz", trained)
     rates = []
     monkeypatch.setattr(ppo.Adam, "step", lambda adam, gradient, lr: rates.append(lr))
-    history = list(ppo.learn(agent, ppo.make_envs("CartPole-v1", 2)))
-    assert len(history) == 4
-    assert rates[0] == 2e-3
-    assert rates[-1] == 2e-3 / 4
+    for chosen, are_new in [(dict(), True), (dict(seed=1), True), (dict(seed=0), False)]:
+        agent = ppo.load("p.npz", total_steps=64, **chosen)
+        for name in ["theta", "phi", "obs_mean", "obs_std", "obs_moments", "return_moments"]:
+            assert_array_equal(getattr(agent, name), getattr(trained, name))
+        assert len(list(ppo.learn(agent, ppo.make_envs(env, 2)))) == 4
+        assert [rates[0], rates[-1]] == [2e-3, 2e-3 / 4]
+        assert (Toy.seeds[-2:] != Toy.seeds[:2]) == are_new
+    assert ppo.load("p.npz").rng.random() == trained.rng.random()
 
 
-SAVE_OFTEN = """
-import ppo
-agent = ppo.new_agent()
-for _ in range(200):
-    ppo.save("p.npz", agent)
-"""
+def test_a_full_disk_leaves_the_earlier_file(run, folder, monkeypatch):
+    """A save that fails half-way, while another process saves, is reported in one line."""
+    agent = ppo.new_agent()
+    savez = np.savez
 
-
-def test_two_processes_save_to_one_file(folder, monkeypatch):
-    """Neither fails, and what is left is one whole file."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    processes = [subprocess.Popen([sys.executable, "-c", SAVE_OFTEN]) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert os.listdir() == ["p.npz"]
-    ppo.load("p.npz")
-
-
-def test_a_full_disk_leaves_the_earlier_file(folder, monkeypatch, capsys):
-    """A save that fails half-way is reported in one line, and leaves no other file."""
-    ppo.save("p.npz", ppo.new_agent())
-    before = Path("p.npz").read_bytes()
-
-    def savez(file, **arrays):
+    def fail(file, **arrays):
         file.write(b"half")
+        monkeypatch.setattr(np, "savez", savez)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        ppo.save("p.npz", agent)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", savez)
-    _, err = run("--load p.npz --save p.npz", capsys, 2)
-    assert "No space left on device" in err
-    assert Path("p.npz").read_bytes() == before
+    monkeypatch.setattr(np, "savez", fail)
+    assert "No space left on device" in run("--save p.npz", status=2)
     assert os.listdir() == ["p.npz"]
+    ppo.load("p.npz")
 
 
 class Bomb:
@@ -1383,138 +1326,105 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("flag", ["--play", "--load"])
-def test_files_that_are_no_policies_are_refused(flag, folder, capsys):
-    """In one line, and nothing in them is executed."""
+def test_files_that_are_no_policies_are_refused(run, folder):
+    """In one line, which names another version as a cause. Nothing in them is executed."""
     ppo.save("good.npz", ppo.new_agent())
     with np.load("good.npz") as file:
         good = dict(file)
-    Path("text.npz").write_text("no policy")
-    Path("truncated.npz").write_bytes(Path("good.npz").read_bytes()[:9999])
+    settings = str(good["settings"])
+    Path("run.csv").write_text("steps,episodes\n16,1\n")
+    Path("half.npz").write_bytes(Path("good.npz").read_bytes()[:9999])
     Path("pickle.npz").write_bytes(pickle.dumps(Bomb()))
     np.savez("bomb.npz", **good | {"settings": np.array([Bomb()], object)})
-    np.savez("shape.npz", **good | {"theta": good["theta"][:9]})
     np.savez("nan.npz", **good | {"phi": np.nan * good["phi"]})
+    np.savez("newer.npz", **good | {"settings": settings.replace("seed", "spin")})
+    np.savez("older.npz", theta=good["theta"], settings=settings)
+    np.savez("short.npz", **good | {"obs_std": good["obs_std"][:1]})
     for name in {*os.listdir()} - {"good.npz"}:
-        _, err = run(f"{flag} {name}", capsys, 2)
-        assert name in err
+        for flag in ["--load", "--play"]:
+            err = run(f"{flag} {name}", status=2)
+            assert name in err
+            assert ("does not fit" if name == "short.npz" else "version of ppo.py") in err
     assert not os.path.exists("exploded")
 
 
-@pytest.mark.parametrize(("name", "call"), [("rollout", 3), ("critic_loss", 30)])
-def test_an_interrupted_run_keeps_its_policy(name, call, folder, monkeypatch, capsys):
-    """Ctrl-C in the third iteration: status 130, curve printed, no evaluation, policy saved."""
-    function = getattr(ppo, name)
-    calls = []
+def test_an_interrupted_run_keeps_its_policy(run, folder, monkeypatch):
+    """Ctrl-C in the third update: status 130, curve printed, no evaluation, policy saved."""
+    critic_loss = ppo.critic_loss
+    calls = iter(range(1, 100))
 
     def interrupted(*args):
-        calls.append(args)
-        if len(calls) == call:
+        if next(calls) == 30:
             raise KeyboardInterrupt
-        return function(*args)
+        return critic_loss(*args)
 
-    monkeypatch.setattr(ppo, name, interrupted)
-    command = f"--env {toy(limits=(8,))} --total-steps 100000 --save p.npz"
-    out, _ = run(command, capsys, 130)
-    assert "mean return over 16 to 32 steps" in out
+    monkeypatch.setattr(ppo, "critic_loss", interrupted)
+    env = toy(limits=(7,), reward=lambda env, action: len(Toy.transitions))
+    out = run(f"--env {env} --total-steps 100000 --save p.npz", status=130)
+    assert re.search(r"---\n +16 +32 steps\n", out)
     assert "greedy" not in out
-    assert ppo.load("p.npz").obs_stats.count == 16 + 14  # the second rollout has two resets
+    _, _, count = ppo.load("p.npz").obs_moments
+    assert_array_equal(count, 14 + 14)  # each rollout of 16 steps has two resets
 
 
-DIVERGING = "--env Pendulum-v1 --ent-coef 10 --lr 0.5 --num-steps 512 --total-steps 20000"
-BREAKS = [(DIVERGING, "smaller lr"), ("--env Toy-v0", "not finite")]
-
-
-@pytest.mark.parametrize(("command", "clue"), BREAKS)
-def test_a_run_that_breaks_off_keeps_its_policy(command, clue, folder, monkeypatch, capsys):
+def test_a_run_that_breaks_off_keeps_its_policy(run, folder):
     """One line says what happened. The file has a policy from before."""
-
-    def reward(env, action):
-        return np.nan if len(Toy.transitions) == 20 else 1.0
-
-    monkeypatch.setattr(Toy, "reward", reward)
-    Toy.transitions = []
-    toy()
-    _, err = run(f"{command} --save p.npz", capsys, 2)
-    assert clue in err
-    assert np.isfinite(ppo.load("p.npz").theta).all()
+    env = toy(reward=lambda env, action: np.nan if len(Toy.transitions) == 20 else 1.0)
+    breaks = [("--env Pendulum-v1 --lr 1e12", "smaller lr"), (f"--env {env}", "not finite")]
+    for command, clue in breaks:
+        assert clue in run(f"{command} --save p.npz", status=2)
+        assert np.isfinite(ppo.load("p.npz").theta).all()
 
 
-def test_render_shows_episodes(folder, capsys):
-    """A run evaluates, then shows some; --play only shows five, if not told how many."""
+def test_render_shows_episodes(run, folder):
+    """The evaluation is shown, five episodes long if not told otherwise."""
+    shown = []
+    env = toy(reward=lambda env, action: shown.append(env.render_mode) or 1.0)
     last = "greedy evaluation over 2 episodes: mean 10, std 0, min 10, max 10\n"
-    out, _ = run(f"--env {toy()} --save p.npz --render", capsys)
-    assert out.endswith(last + last)
-    assert ppo.main(["--play", "p.npz", "--render"]) == 0
-    assert capsys.readouterr().out == last.replace("2 episodes", "5 episodes")
+    assert run(f"--env {env} --save p.npz --render").endswith("\n" + last)
+    assert shown.count("human") == 20
+    assert run("--play p.npz --render", flags=[]) == last.replace("2 episodes", "5 episodes")
+    assert "render mode" in run(f"--env {toy(metadata={})} --render", status=2)
 
 
-@pytest.mark.parametrize(("own", "new"), [(None, "{('OMP_NUM_THREADS', '1')}"), ("2", "set()")])
-def test_importing_has_no_side_effects(own, new, monkeypatch):
-    """It prints nothing, and sets the number of threads unless you did."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if own:
-        monkeypatch.setenv("OMP_NUM_THREADS", own)
-    code = "import os; old = dict(os.environ); import ppo; print(os.environ.items() - old.items())"
-    argv = [sys.executable, "-c", code]
-    out = subprocess.check_output(argv, cwd=ROOT, stderr=subprocess.STDOUT, text=True)
-    assert out == new + "\n"
+IMPORTS = """
+import os
+os.environ["OMP_NUM_THREADS"] = "2"
+import ppo, importlib
+print(os.environ.pop("OMP_NUM_THREADS"))
+importlib.reload(ppo)
+print(os.environ["OMP_NUM_THREADS"])
+"""
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
+def test_importing_sets_the_number_of_threads_unless_you_did():
+    """It prints nothing."""
+    argv = [sys.executable, "-c", IMPORTS]
+    assert subprocess.check_output(argv, cwd=ROOT, stderr=subprocess.STDOUT) == b"2\n1\n"
 
 
-def test_the_python_of_the_readme_runs(folder, monkeypatch, capsys):
+def test_a_reader_may_leave_early():
+    """python ppo.py | head -1 ends quietly."""
+    argv = [sys.executable, ppo.__file__, *SMALL_FLAGS, "--total-steps=5000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(argv, **pipes) as process:
+        assert process.stdout.readline().startswith("python ppo.py")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_the_python_of_the_readme_runs(run, folder, monkeypatch):
     """Its blocks run one after the other. What registers environments goes to my_module.py, too."""
     monkeypatch.syspath_prepend(os.getcwd())
-    run("--save policy.npz --log run.csv", capsys)
+    run("--save policy.npz --log run.csv")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    small = re.sub(r"total_steps=[\d_]+", "total_steps=2_000", readme)
     namespace = {"__name__": "__main__"}
-    small = re.sub(r"total_steps=[\d_]+", "total_steps=2_000", README)
-    blocks = re.findall(r"^```python\n(.*?)^```", small, re.M | re.S)
-    assert len(blocks) >= 2
-    for code in blocks:
+    for code in re.findall(r"^```python\n(.*?)^```", small, re.M | re.S):
         if "gym.register(" in code:
             with open("my_module.py", "a", encoding="utf-8") as module:
                 module.write(code)
         exec(compile(code, "README.md", "exec"), namespace)
-    for env in set(re.findall(r"my_module:[\w-]+", README)):
-        run(f"--env {env}", capsys)
-    _, err = run("--env my_module:Mine-v0 --render", capsys, 2)
-    assert "render mode" in err
-
-
-def test_the_formulas_of_the_readme_survive_markdown():
-    r"""Markdown changes a backslash before other characters than letters, as in \, and also }_."""
-    text = re.sub(r"`[^`]*`", "", PROSE)
-    formulas = re.findall(r"\$[^$]+\$", text)
-    assert len(formulas) >= 19
-    for formula in formulas:
-        assert not re.search(r"\\[^A-Za-z]|\}_", formula), formula
-
-
-def test_the_links_of_the_readme_lead_somewhere():
-    """They lead to a heading of the page, as GitHub names it, or to a file that is there."""
-    headings = re.findall(r"^#+ (.+)$", PROSE, re.M)
-    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    links = re.findall(r"\]\(([^)\s]+)\)", PROSE)
-    links += re.findall(r'src="([^"]+)"', PROSE)
-    for link in links:
-        path, _, anchor = link.partition("#")
-        if path == "":
-            assert anchor in anchors
-        elif not path.startswith("https://"):
-            assert (ROOT / path).exists()
-
-
-def test_the_formula_map_of_the_readme_names_what_exists():
-    """Every name in its last column is a function, class or method of ppo.py."""
-    section = README.split("\n## Formula map")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| \d+ \|.*\|$", section, re.M)
-    assert len(rows) == 19
-    source = inspect.getsource(ppo)
-    for row in rows:
-        names = re.findall(r"`(?:\w+\.)?(\w+)`", row.split("|")[-2])
-        assert names, row
-        for name in names:
-            assert re.search(rf"(def|class) {name}\b", source), name
+    assert os.path.exists("my_module.py")
+    for env in set(re.findall(r"my_module:[\w-]+", readme)):
+        run(f"--env {env}")
