@@ -1,6 +1,6 @@
 """Kill runs that save again and again, 40 times at random moments.
 
-Whatever policy file exists after each kill must load and play.
+The policy file that exists after each kill must load and play.
 """
 
 import random
@@ -19,32 +19,31 @@ import ppo
 # Short runs, one after the other, of 20 iterations each. A policy is saved after each iteration.
 LOOP = """
 import sys, ppo
-while True:
-    argv = ["--num-envs=4", "--num-steps=8", "--total-steps=640", "--eval-episodes=1"]
-    ppo.main([*argv, "--save", sys.argv[1]])
+argv = ["--num-envs=4", "--num-steps=8", "--total-steps=640", "--eval-episodes=1"]
+while ppo.main([*argv, "--save", sys.argv[1]]) == 0:
+    pass
 """
 
 
-def kill_once(moment: float) -> bool:
-    """Start, kill after so many seconds, and use the policy that is there, if there is one."""
+def kill_once(moment: float) -> None:
+    """Start, kill so many seconds after the first save, and use the policy that is there."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "policy.npz"
         process = subprocess.Popen(
             [sys.executable, "-c", LOOP, path], cwd=ROOT, stdout=subprocess.DEVNULL
         )
+        while not path.exists():
+            assert process.poll() is None, "the run ended before it saved"
+            time.sleep(0.01)
         time.sleep(moment)
         process.kill()
         process.wait()
-        if not path.exists():
-            return False
         assert len(ppo.evaluate(ppo.load(str(path)), episodes=1)) == 1
-        return True
 
 
 if __name__ == "__main__":
     rng = random.Random(0)
-    moments = [rng.uniform(0.2, 1.5) for _ in range(40)]
+    moments = [rng.uniform(0, 0.5) for _ in range(40)]
     with ThreadPoolExecutor(2) as pool:
-        saved = sum(pool.map(kill_once, moments))
-    print(f"40 kills: {saved} files; all load and play")
-    assert saved >= 10, "too few runs lived long enough to save: the machine is too slow"
+        list(pool.map(kill_once, moments))
+    print("40 kills: every policy loads and plays")
