@@ -2,12 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium>=1.0", "numpy>=1.26"]
 # ///
-"""Proximal Policy Optimization (PPO) in one file, with numpy and gymnasium only.
+"""Proximal Policy Optimization (PPO) in one file, with numpy and gymnasium.
 
     python ppo.py --env CartPole-v1
 
 Every gradient is written by hand. Read from top to bottom, with the lectures beside it.
-`Eq. 9` in a comment is the formula that the code below it computes. README.md lists all 19.
+`Eq. 9` stands above the code that computes this formula. README.md lists all 19.
 
 The algorithm (Eq. 19)                                                where
     create the actor θ and the critic φ                               §1, §2
@@ -40,9 +40,8 @@ import math
 import sys
 import time
 import traceback
-from collections import deque
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import gymnasium as gym
@@ -319,8 +318,7 @@ def kl_divergence(log_prob, log_prob_old, advantages=None):
     # Eq. 13   KL = E[kl], kl = log π_θ_k - log π_θ + ρ - 1;   ∂kl/∂log π = ρ - 1
     ratio_minus_1 = np.expm1(log_prob - log_prob_old)  # exact for small differences
     kl = log_prob_old - log_prob + ratio_minus_1
-    slope = ratio_minus_1
-    return kl, slope
+    return kl, ratio_minus_1
 
 
 def kl_penalty(log_prob, log_prob_old, advantages, beta):
@@ -394,7 +392,7 @@ def critic_loss(critic, inputs, returns):
     """Return the mean loss, and its gradient (P,), for inputs (B, obs_dim), returns (B,)."""
     outputs, cache = mlp_forward(critic, inputs)
     if returns.shape != outputs.shape[:1]:
-        raise ValueError(f"returns must be {outputs.shape[:1]}, not {returns.shape}")
+        raise ValueError(f"returns must be {outputs.shape[:1]}")
     # Eq. 18   loss = (V - R̂)²;   ∂loss/∂V = 2 (V - R̂)
     error = outputs[:, 0] - returns
     d_outputs = 2 * error[:, None] / len(inputs)
@@ -440,13 +438,13 @@ class Adam:
 
 
 def setting(default, help):
-    """A field of Settings, with the help text of its flag."""
+    """A field of Settings with the help of its flag."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. Each has a flag."""
+    """All settings of a run. Each is a flag."""
 
     env: str = setting("CartPole-v1", "name in Gymnasium, or module:Name-v0")
     seed: int = setting(0, "seed of everything random in ppo.py")
@@ -547,7 +545,6 @@ def update(agent, inputs, actions, advantages, returns, remaining):
     settings = agent.settings
     actor = agent.actor  # views of θ, which move with it
     critic = agent.critic
-    lr = settings.lr * remaining
     actor_lr = (settings.actor_lr or settings.lr) * remaining
     ent_coef = settings.ent_coef * remaining
     objective = {
@@ -578,7 +575,7 @@ def update(agent, inputs, actions, advantages, returns, remaining):
         trpo(agent.theta, agent.actor_shapes, objective, ent_coef, data, settings.kl_target)  # §9
     else:
         fit(agent, agent.actor_adam, loss_of_actor, len(inputs), actor_lr)
-    fit(agent, agent.critic_adam, loss_of_critic, len(inputs), lr)
+    fit(agent, agent.critic_adam, loss_of_critic, len(inputs), settings.lr * remaining)
 
     changes = report(agent, inputs, actions, log_prob_old, advantages, returns)  # §10
     agent.beta = adapt_beta(agent.beta, changes["kl"], settings.kl_target)
@@ -611,13 +608,13 @@ def learn(agent, envs):
         return policy.sample(agent.rng)  # envs make actions legal (§11)
 
     N = envs.num_envs
-    # These go on after a rollout, because an episode may span several.
+    # An episode may span several rollouts, so these go on.
     steps = 0
     episodes = 0
     ended_before = np.zeros(N, bool)
     return_so_far = np.zeros(N)
     discounted_so_far = np.zeros(N)
-    last_returns = deque(maxlen=100)
+    last_returns = np.empty(0)
 
     seed = int(agent.rng.integers(2**31 - N))  # environment i gets seed + i
     obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
@@ -633,12 +630,12 @@ def learn(agent, envs):
 
         # Eq. 2   With γ = 1 it is R(τ) = Σ r_t where an episode ends. Its mean estimates J(θ).
         sums, return_so_far = sums_so_far(rewards, ended, 1, return_so_far)
-        last_returns.extend(sums[ended])
-        mean_return = float(np.mean(last_returns)) if last_returns else math.nan
+        last_returns = np.append(last_returns, sums[ended])[-100:]
+        mean_return = float(last_returns.mean()) if len(last_returns) > 0 else math.nan
         steps += T * N
         episodes += int(ended.sum())
         if not is_transition.any():
-            continue  # a rollout of a single step may have resets only
+            continue  # a rollout of one step may be resets only
 
         # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards keep V small (§10).
         discounted_so_far = scale_rewards(agent, rewards, ended, is_transition, discounted_so_far)
@@ -666,13 +663,9 @@ def learn(agent, envs):
 
 
 def fisher_product(kl, theta, v, damping=0.1):
-    """Return F v + damping v (P,), where F v is how ∇KL changes along v (P,).
-
-    Damping helps where F is singular.
-    """
+    """Return F v (P,): how ∇KL changes along v (P,). Adding damping v helps if F is singular."""
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
-    machine_epsilon = float(np.finfo(theta.dtype).eps)
-    h = 2 * machine_epsilon ** (1 / 3) / float(np.linalg.norm(v))
+    h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
     _, gradient_ahead = kl(theta + h * v)
     _, gradient_behind = kl(theta - h * v)
     return (gradient_ahead - gradient_behind) / (2 * h) + float(damping) * v
@@ -817,7 +810,7 @@ class UsageError(ValueError):
 
 
 def is_of_user(error):
-    """Return whether code that is not ppo.py's, Gymnasium's or numpy's took part in an error."""
+    """Return whether code other than ppo.py's, Gymnasium's and numpy's took part in an error."""
     modules = set()
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -828,24 +821,23 @@ def is_of_user(error):
 
 def kind_of(obs_space, action_space):
     """Return the kind of task, as in KINDS, that has these spaces."""
-    has_numbered_states = isinstance(obs_space, gym.spaces.Discrete)
+    is_numbered = isinstance(obs_space, gym.spaces.Discrete)
     if isinstance(action_space, gym.spaces.Discrete):
-        return "numbered states" if has_numbered_states else "discrete actions"
-    if has_numbered_states or gym.spaces.flatdim(action_space) > 1:
-        return "continuous actions"
-    return "one continuous action"
+        return "numbered states" if is_numbered else "discrete actions"
+    is_one = gym.spaces.flatdim(action_space) == 1
+    return "one continuous action" if is_one and not is_numbered else "continuous actions"
 
 
 def check(settings):
     """Raise UsageError if a setting cannot work."""
-    may_be_0 = ("seed", "gamma", "lam", "ent_coef", "normalize_steps")
-    for name, value in asdict(settings).items():
+    for name, value in vars(settings).items():
         if isinstance(value, str | None) or name == "log_std_init":
             continue
-        least = "0 or more" if name in may_be_0 else "above 0"
+        may_be_0 = name in ("seed", "gamma", "lam", "ent_coef", "normalize_steps")
+        least = "0 or more" if may_be_0 else "above 0"
         most = 1 if name in ("gamma", "lam") else 1e12
         for number in np.ravel(value):
-            if not (0 < number <= most or number == 0 and name in may_be_0):
+            if not 0 < number <= most and not (may_be_0 and number == 0):
                 raise UsageError(f"{name} must be {least}, at most {most:g}, not {number}")
     if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
         raise UsageError("objective must be pg, is, trpo, kl or clip")
@@ -857,7 +849,7 @@ def new_agent(env=Settings.env, **chosen):
         kind = kind_of(envs.obs_space, envs.single_action_space)
         spec = envs.spec
         own = TASKS.get(spec.name, {}) if str(spec.entry_point).startswith("gymnasium.") else {}
-        values = asdict(Settings(env)) | KINDS[kind] | own | chosen
+        values = vars(Settings(env)) | KINDS[kind] | own | chosen
         for name, value in values.items():
             values[name] = np.asarray(value).tolist()  # numpy's numbers become Python's
         values["hidden"] = tuple(np.ravel(values["hidden"]).tolist())
@@ -884,7 +876,7 @@ def make_envs(env, num_envs, render=False):
     options = dict(vectorization_mode="sync", render_mode="human") if render else {}
     try:
         envs = gym.make_vec(env, num_envs=num_envs, **options)
-    except (gym.error.Error, ImportError, TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # Gymnasium has many kinds
         if is_of_user(error):
             raise
         raise UsageError(f"cannot make {env}: {error} (your own is module:Name-v0)") from error
@@ -892,7 +884,7 @@ def make_envs(env, num_envs, render=False):
     action_space = envs.single_action_space
     mode = str(envs.metadata.get("autoreset_mode", "NEXT_STEP"))
     render_modes = {*envs.metadata.get("render_modes", [])}
-    problem = None
+    problem = ""
     if not isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box):
         problem = f"actions must be Discrete or Box, not {action_space}"
     elif not obs_space.is_np_flattenable:
@@ -901,7 +893,7 @@ def make_envs(env, num_envs, render=False):
         problem = f"resets must come in the next step, not by {mode}"
     elif render and not render_modes & {"human", "rgb_array"}:
         problem = "it has no render mode human"
-    if problem is not None:
+    if problem:
         envs.close()
         raise UsageError(f"{env}: {problem:.150}")
     if isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
@@ -926,8 +918,7 @@ def legal_actions(space, actions):
     is_float = np.issubdtype(space.dtype, np.floating)
     # The largest float32 often stands for infinity, and float64 rounds larger integers.
     widest = np.finfo(np.float32).max if is_float else 2**53
-    width = space.high.astype(float) - space.low
-    is_bounded = space.bounded_below & space.bounded_above & (width < widest)
+    is_bounded = space.high.astype(float) - space.low < widest
     low = np.where(is_bounded, space.low, -1.0)
     high = np.where(is_bounded, space.high, 1.0)
     actions = (high + low) / 2 + (high - low) / 2 * actions.reshape(-1, *space.shape)
@@ -936,7 +927,7 @@ def legal_actions(space, actions):
 
 
 def legal_action(agent, obs):
-    """Return the likeliest action for one observation, as env.step accepts it."""
+    """Return the action of Agent.act (§8)."""
     space = agent.obs_space
     if space.shape is not None and np.shape(obs) != space.shape:
         raise ValueError(f"an observation must be {space.shape}, not {np.shape(obs)}")
@@ -960,8 +951,13 @@ def train_and_print(agent, save_path, log_path):
     if save_path is not None:
         save(save_path, agent)  # if it fails, it fails now
     with file_errors(log_path):
-        log = open(os.devnull if log_path is None else log_path, "w")
-    print("python ppo.py", *flags_of(settings))
+        log = open(log_path or os.devnull, "w")
+    flags = []
+    usual = new_agent(settings.env).settings
+    for name, value in vars(settings).items():
+        if name == "env" or not value == getattr(usual, name) == getattr(Settings, name):
+            flags += ["--" + name.replace("_", "-"), *np.ravel(value)]
+    print("python ppo.py", *flags)  # repeats the run
     history = []
     num_rows = 0
     start = time.monotonic()
@@ -978,26 +974,14 @@ def train_and_print(agent, save_path, log_path):
                 if 20 * record["steps"] >= num_rows * settings.total_steps:
                     num_rows += 1
                     print(ROW.format(*map(four_digits, record.values())), flush=True)
-                if save_path is not None:
+                if save_path:
                     save(save_path, agent)
         finally:
             print_curve(history)
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
-    if save_path is not None:
+    if save_path:
         print(f"saved; to watch it: python ppo.py --play {save_path} --render")
-
-
-def flags_of(settings):
-    """Return the flags that repeat a run."""
-    usual = new_agent(settings.env).settings
-    flags = []
-    for name, value in asdict(settings).items():
-        is_default = value == getattr(usual, name) == getattr(Settings, name)
-        if name == "env" or not is_default:
-            flags.append("--" + name.replace("_", "-"))
-            flags.extend(np.ravel(value))
-    return flags
 
 
 def live_line(total_steps):
@@ -1038,10 +1022,10 @@ def print_curve(history):
     tick = 10.0 ** math.floor(math.log10(spread))
     if spread < 3 * tick:
         tick /= 5
-    bottom = math.floor(returns.min() / tick)
     columns = np.interp(np.linspace(steps[0], steps[-1], 60), steps, returns)
+    bottom = math.floor(returns.min() / tick)
     for level in range(math.floor(columns.max() / tick), bottom, -1):
-        bars = "".join("#" if column >= level * tick else " " for column in columns)
+        bars = "".join(np.where(columns >= level * tick, "#", " "))
         print(f"{four_digits(level * tick):>12} |{bars}")
     print(f"{four_digits(bottom * tick):>12} +{'-' * 60}")
     print(f"{steps[0]:>20,.0f}{steps[-1]:>48,.0f} steps")
@@ -1058,22 +1042,21 @@ def evaluate(agent, episodes=None, render=False, max_steps=100_000):
     num_envs = 1 if render else min(episodes, settings.num_envs, 10)
     rng = np.random.default_rng([settings.seed, 1])
     returns = []
-    num_cut_off = 0
+    is_playing = np.zeros(num_envs, bool)
     with closing(make_envs(settings.env, num_envs, render)) as envs:
-        while len(returns) < episodes and num_cut_off == 0:
+        while len(returns) < episodes and not is_playing.any():
             obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
             totals = np.zeros(num_envs)
-            is_playing = np.ones(num_envs, bool)
+            is_playing[:] = True
             for _ in range(max_steps):
                 obs, rewards, terminated, truncated, _ = envs.step(agent.policy(obs).mode())
                 totals[is_playing] += rewards[is_playing]
                 is_playing &= ~np.logical_or(terminated, truncated)
                 if not is_playing.any():
                     break
-            num_cut_off = is_playing[: episodes - len(returns)].sum()
             returns.extend(totals)
-    if num_cut_off > 0:
-        print(f"cut off after {max_steps:,} steps: {num_cut_off} endless episodes")
+    if is_playing.any():
+        print(f"the last episodes were cut off after {max_steps:,} steps")
     return np.array(returns[:episodes])
 
 
@@ -1082,10 +1065,9 @@ def file_errors(path):
     """Raise what goes wrong with a file as a UsageError."""
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"cannot use {path}: {error.strerror}") from error
     except Exception as error:  # there are many ways in which a file can be broken
-        raise UsageError(f"{path} is no whole policy file of this version of ppo.py") from error
+        broken = "no whole policy file of this version of ppo.py"
+        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or broken}") from error
 
 
 def arrays_of(agent):
@@ -1095,13 +1077,13 @@ def arrays_of(agent):
 
 def save(path, agent):
     """Write a policy file, whole or not at all."""
-    texts = {"settings": asdict(agent.settings), "rng": agent.rng.bit_generator.state}
-    arrays = arrays_of(agent) | {name: json.dumps(value) for name, value in texts.items()}
+    settings = json.dumps(vars(agent.settings))
+    state = json.dumps(agent.rng.bit_generator.state)
     temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
     with file_errors(path):
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, settings=settings, rng=state, **arrays_of(agent))
             os.replace(temporary, path)
         finally:
             if os.path.exists(temporary):
@@ -1118,54 +1100,49 @@ def load(path, **chosen):
         settings = Settings(**json.loads(str(arrays.pop("settings"))))
         state = json.loads(str(arrays.pop("rng")))
         assert all(np.isfinite(array).all() for array in arrays.values())
-    agent = new_agent(**asdict(settings) | chosen)
+    agent = new_agent(**vars(settings) | chosen)
     for name, array in arrays_of(agent).items():
         if np.shape(arrays.get(name)) != array.shape:
-            other = "hidden" if "hidden" in chosen else agent.settings.env
-            raise UsageError(f"{path} does not fit {other}")
+            misfit = "hidden" if "hidden" in chosen else agent.settings.env
+            raise UsageError(f"{path} does not fit {misfit}")
         array[:] = arrays[name]
     if "seed" not in chosen:
         agent.rng.bit_generator.state = state
     return agent
 
 
-def parse_arguments(argv):
-    """Return the options by name. Settings that are not chosen are left out."""
-    epilog = "The defaults depend on the task. A run prints what it uses."
-    parser = argparse.ArgumentParser(epilog=epilog, allow_abbrev=False)
+def run(argv):
+    """Train and evaluate, or only evaluate, as the arguments say."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.epilog = "The defaults depend on the task. A run prints what it uses."
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
-    files = {
-        "save": "keep the policy here",
-        "load": "start from this policy",
-        "play": "only evaluate this policy",
-        "log": "write a CSV row for each iteration",
-    }
-    for name, text in files.items():
-        parser.add_argument(f"--{name}", dest=f"{name}_path", metavar="FILE", help=text)
+    parser.add_argument("--save", help="file to keep the policy in")
+    parser.add_argument("--load", help="policy file to start from")
+    parser.add_argument("--play", help="policy file to evaluate, without training")
+    parser.add_argument("--log", help="CSV file with a row for each iteration")
     parser.add_argument("--render", action="store_true", help="evaluate five episodes in a window")
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
         options = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
         text = f"{f.metadata['help']}; default {f.default}"
         parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **options)
-    return vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    chosen = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
 
-
-def train_or_play(save_path, load_path, play_path, log_path, render, **chosen):
-    """Train and evaluate, or only evaluate."""
-    if play_path is not None and (load_path, save_path, log_path) != (None, None, None):
+    if args.play and (args.save or args.load or args.log):
         raise UsageError("--play only evaluates: leave out --load, --save and --log")
-    for path in (save_path, load_path):
-        if path and log_path and os.path.realpath(path) == os.path.realpath(log_path):
+    for path in (args.save, args.load):
+        if path and args.log and os.path.realpath(path) == os.path.realpath(args.log):
             raise UsageError("--log needs a file of its own")
-    path = load_path if play_path is None else play_path
-    agent = new_agent(**chosen) if path is None else load(path, **chosen)
-    if render:
+    path = args.play or args.load
+    agent = load(path, **chosen) if path else new_agent(**chosen)
+    if args.render:
         with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
             envs.reset(seed=0)  # if it fails, it fails now
-    if play_path is None:
-        train_and_print(agent, save_path, log_path)
-    returns = evaluate(agent, chosen.get("eval_episodes", 5 if render else None), render)
+    if not args.play:
+        train_and_print(agent, args.save, args.log)
+    episodes = chosen.get("eval_episodes", 5 if args.render else None)
+    returns = evaluate(agent, episodes, args.render)
     numbers = [four_digits(of(returns)) for of in (np.mean, np.std, np.min, np.max)]
     summary = "mean {}, std {}, min {}, max {}".format(*numbers)
     print(f"greedy evaluation over {len(returns)} episodes: {summary}", flush=True)
@@ -1176,7 +1153,7 @@ def main(argv=None):
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
     try:
         with np.errstate(all="ignore"):  # learn looks for numbers that are not finite
-            train_or_play(**parse_arguments(argv))
+            run(argv)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -1184,7 +1161,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 1
     except (UsageError, gym.error.DependencyNotInstalled, FloatingPointError, MemoryError) as error:
-        if isinstance(error, FloatingPointError | MemoryError) and is_of_user(error):
+        if not isinstance(error, UsageError) and is_of_user(error):
             raise
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
