@@ -36,8 +36,6 @@ EXPLAINED = {
     "clip_by_global_norm: _ > _ -> _ >= _": "If equal, the factor is 1.",
     "learn: 2 ** 31": "Larger seeds are as good.",
     "learn: _.reshape((_ + 1) * _, -1) -> _.reshape((_ + 1) * _, -2)": "Any negative size will do.",
-    "learn: _ -> True": "The mean of nothing is nan, too, with a warning.",
-    "fisher_product: 2 * _ ** (1 / 3) -> 3 *": "A little more is as exact.",
     "conjugate_gradients: _, _, _=10": "One more changes x little.",
     "conjugate_gradients: _ @ _ < 1e-10 * (_ @ _) -> _ @ _ <=": "Never equal.",
     "trust_region_step: _ <= _ -> _ < _": "Never equal.",
