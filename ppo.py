@@ -265,7 +265,6 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     if rewards.ndim != 2 or len(shapes) > 1:
         raise ValueError("all must be (T, N), for one environment (T, 1), and values (T+1, N)")
     gamma = float(gamma)  # a numpy scalar would widen float32 arrays
-    lam = float(lam)
     # Eq. 7   Q(s_t, a_t) = r_t + γ V(s_{t+1}), from one sample of s_{t+1}
     # V(s_{t+1}) is 0 after a true end. At a time limit or the rollout's end it stays.
     q_values = rewards + gamma * np.where(terminated, 0.0, values[1:])

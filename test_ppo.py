@@ -703,7 +703,7 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: ppo.gae(r[:, 0], V[:, 0], r[:, 0], r[:, 0], 1, 1),
         lambda: ppo.Gaussian(column, np.zeros(1)).log_prob(np.zeros(16)),
         lambda: ppo.Categorical(np.zeros((16, 3))).log_prob(column),
-        lambda: ppo.Categorical(np.zeros((1, 3))).log_prob(np.array([-1])),  # the last action
+        lambda: ppo.Categorical(np.zeros((2, 3))).log_prob(np.array([0, -1])),  # the last action
         lambda: ppo.critic_loss([np.ones((1, 1)), np.zeros(1)], column, column),
         lambda: loss(inputs, actions, log_prob_old, column),
         lambda: loss(inputs, actions, log_prob_old[:1], log_prob_old),
