@@ -84,7 +84,7 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
         gain = out_gain if layer == num_layers - 1 else math.sqrt(2)
         noise = rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out)))
         q, r = np.linalg.qr(noise)
-        q *= np.sign(np.diag(r))  # so that all matrices are equally likely
+        q *= np.sign(np.diag(r))  # all matrices are equally likely
         W = q if fan_in >= fan_out else q.T
         params.append((gain * W).astype(dtype, order="C"))
         params.append(np.zeros(fan_out, dtype))
@@ -101,7 +101,7 @@ def mlp_forward(params, inputs):
         if layer > 0:
             x = np.tanh(x)
         cache.append(x)
-        x = x.dot(W) + b  # .dot is twice as fast as @ where W is narrow
+        x = x.dot(W) + b  # .dot is twice as fast as @ for a narrow W
     return x, cache
 
 
@@ -404,9 +404,10 @@ def critic_loss(critic, inputs, returns):
 def clip_by_global_norm(gradient, max_norm):
     """Return the gradient (P,), scaled down to the length max_norm if it is longer."""
     norm = float(np.sqrt(gradient @ gradient))
+    if norm == math.inf:
+        return gradient * math.nan  # it overflowed, and scaling would give 0
     if norm > max_norm:
-        scale = float(max_norm / norm)
-        return gradient * (scale or math.nan)  # 0 would hide that the norm overflowed
+        return gradient * float(max_norm / norm)
     return gradient
 
 
@@ -600,7 +601,7 @@ def learn(agent, envs):
     envs come from make_envs (§11). Raises FloatingPointError if a number is not finite.
     """
     settings = agent.settings
-    actor = agent.actor  # at each step it would cost 4 %
+    actor = agent.actor  # once; at each step it would cost 4 %
 
     def sample(obs):
         policy, _ = policy_forward(actor, agent.normalize(obs))
@@ -722,7 +723,8 @@ def trpo(theta, shapes, objective, ent_coef, data, delta):
 
 # §10  Statistics ----------
 # Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...) are
-# the mean, the variance and the number of what was seen.
+# the mean, the variance and the number of what was seen. return_moments starts with a
+# variance of 1 that has almost no weight.
 
 
 def update_moments(moments, rows):
@@ -876,7 +878,7 @@ def make_envs(env, num_envs, render=False):
     try:
         envs = gym.make_vec(env, num_envs=num_envs, **options)
     except Exception as error:  # Gymnasium has many kinds
-        if is_of_user(error):
+        if isinstance(error, SyntaxError) or is_of_user(error):
             raise
         raise UsageError(f"cannot make {env}: {error} (your own is module:Name-v0)") from error
     obs_space = envs.single_observation_space
@@ -917,7 +919,8 @@ def legal_actions(space, actions):
     is_float = np.issubdtype(space.dtype, np.floating)
     # The largest float32 often stands for infinity, and float64 rounds larger integers.
     widest = np.finfo(np.float32).max if is_float else 2**53
-    is_bounded = space.high.astype(float) - space.low < widest
+    width = space.high.astype(float) - space.low
+    is_bounded = space.bounded_below & space.bounded_above & (width < widest)
     low = np.where(is_bounded, space.low, -1.0)
     high = np.where(is_bounded, space.high, 1.0)
     actions = (high + low) / 2 + (high - low) / 2 * actions.reshape(-1, *space.shape)
@@ -926,7 +929,7 @@ def legal_actions(space, actions):
 
 
 def legal_action(agent, obs):
-    """Return the action of Agent.act (§8)."""
+    """Return the likeliest action for one observation, as env.step accepts it."""
     space = agent.obs_space
     if space.shape is not None and np.shape(obs) != space.shape:
         raise ValueError(f"an observation must be {space.shape}, not {np.shape(obs)}")
@@ -973,13 +976,13 @@ def train_and_print(agent, save_path, log_path):
                 if 20 * record["steps"] >= num_rows * settings.total_steps:
                     num_rows += 1
                     print(ROW.format(*map(four_digits, record.values())), flush=True)
-                if save_path:
+                if save_path is not None:
                     save(save_path, agent)
         finally:
             print_curve(history)
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
-    if save_path:
+    if save_path is not None:
         print(f"saved; to watch it: python ppo.py --play {save_path} --render")
 
 

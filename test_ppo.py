@@ -1052,6 +1052,7 @@ LEGAL = [  # a space, what the policy wants, what the environment receives
     (gym.spaces.Box(LOW, HIGH), [0.5, -9, 9, -9], [0.25, 0, 9, -9]),
     (gym.spaces.Box(0, 255, (), np.uint8), [0.999], 255),
     (gym.spaces.Box(-5, 5, (3,), np.int64), [0.5, -0.5, 0.55], [2, -2, 3]),
+    (gym.spaces.Box(-np.inf, np.inf, (2,), np.int32), [1, -1], [1, -1]),
     # float64 rounds such limits: then the largest number would become the smallest
     (gym.spaces.Box(0, 2**63 - 1, (2,), np.int64), [1, -9], [1, 0]),
     (gym.spaces.Box(0, 2**64 - 1, (2,), np.uint64), [1, -9], [1, 0]),
@@ -1205,6 +1206,14 @@ def test_errors_of_an_environment_keep_their_traceback(error, run):
     for method in ["__init__", "step"]:
         with pytest.raises(error, match="a bug"):
             run(f"--env {toy(**{method: broken})}")
+
+
+def test_a_module_that_cannot_be_compiled_keeps_its_traceback(folder, run, monkeypatch):
+    """It is the user's, although none of its code has run."""
+    monkeypatch.syspath_prepend(os.getcwd())
+    Path("unfinished.py").write_text("import gymnasium as")
+    with pytest.raises(SyntaxError, match="unfinished.py"):
+        run("--env unfinished:Mine-v0")
 
 
 def test_about_twenty_rows_and_the_last_are_printed(run):
