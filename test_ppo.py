@@ -362,6 +362,10 @@ def test_eq14_fisher_product_from_gradients(x):
         F_v = ppo.fisher_product(kl, x, v, damping=0)
         assert_allclose(F_v, F @ v, rtol=1e-6, atol=1e-6 * length)
         assert_allclose(ppo.fisher_product(kl, x, v), F_v + 0.1 * v)
+    # In float32 a shorter step h would lose digits, and a longer one would miss the derivative.
+    single = x.astype(np.float32)
+    F_x = ppo.fisher_product(kl, single, single, damping=0)
+    assert_allclose(F_x, F @ x, atol=3e-4 * abs(F @ x).max())
 
 
 def test_eq14_conjugate_gradients(rng):
@@ -806,6 +810,9 @@ def test_statistics_of_observations(rng):
     assert_array_equal(agent.normalize(np.array([[1e9, -1e9]])), [[10, -10]])
     z = (early - agent.obs_mean) / agent.obs_std
     assert_allclose(agent.normalize(early), z, atol=1e-6)
+    agent = an_agent(obs_dim=2, normalize_steps=0)  # nothing changes
+    ppo.observe(agent, late)
+    assert_array_equal(agent.normalize(np.array([[99, -99]])), [[99, -99]])
 
 
 def test_a_reward_beyond_ten_deviations_stays():
