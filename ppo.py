@@ -86,7 +86,7 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
         q, r = np.linalg.qr(noise)
         q *= np.sign(np.diag(r))  # all matrices are equally likely
         W = q if fan_in >= fan_out else q.T
-        params.append((gain * W).astype(dtype, order="C"))
+        params.append((gain * W).astype(dtype))
         params.append(np.zeros(fan_out, dtype))
     return params
 
@@ -812,11 +812,9 @@ class UsageError(ValueError):
 
 def is_of_user(error):
     """Return whether code other than ppo.py's, Gymnasium's and numpy's took part in an error."""
-    modules = set()
-    while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            modules.add(frame.f_globals.get("__name__", "").split(".")[0])
-        error = error.__context__
+    error = error.__context__ or error  # Gymnasium raises some anew
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = {frame.f_globals.get("__name__", "").split(".")[0] for frame in frames}
     return not modules <= {__name__, "contextlib", "gymnasium", "importlib", "numpy"}
 
 
@@ -838,7 +836,7 @@ def check(settings):
         least = "0 or more" if may_be_0 else "above 0"
         most = 1 if name in ("gamma", "lam") else 1e12
         for number in np.ravel(value):
-            if not 0 < number <= most and not (may_be_0 and number == 0):
+            if not (0 < number <= most or number == 0 and may_be_0):
                 raise UsageError(f"{name} must be {least}, at most {most:g}, not {number}")
     if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
         raise UsageError("objective must be pg, is, trpo, kl or clip")
@@ -851,10 +849,9 @@ def new_agent(env=Settings.env, **chosen):
         spec = envs.spec
         own = TASKS.get(spec.name, {}) if str(spec.entry_point).startswith("gymnasium.") else {}
         values = vars(Settings(env)) | KINDS[kind] | own | chosen
-        for name, value in values.items():
-            values[name] = np.asarray(value).tolist()  # numpy's numbers become Python's
-        values["hidden"] = tuple(np.ravel(values["hidden"]).tolist())
-        settings = Settings(**values)
+        # Numbers of numpy become Python's.
+        values = {name: np.asarray(value).tolist() for name, value in values.items()}
+        settings = Settings(**values | {"hidden": tuple(values["hidden"])})
         check(settings)
         return Agent(envs, settings)
 
@@ -870,10 +867,7 @@ class WithoutInfo(gym.Wrapper):
 
 
 def make_envs(env, num_envs, render=False):
-    """Return N environments with observations (N, obs_dim) that take a policy's actions.
-
-    Raises UsageError if they cannot be learned or shown.
-    """
+    """Return N environments with observations (N, obs_dim) that take a policy's actions."""
     options = dict(vectorization_mode="sync", render_mode="human") if render else {}
     try:
         envs = gym.make_vec(env, num_envs=num_envs, **options)
@@ -883,16 +877,14 @@ def make_envs(env, num_envs, render=False):
         raise UsageError(f"cannot make {env}: {error} (your own is module:Name-v0)") from error
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
-    mode = str(envs.metadata.get("autoreset_mode", "NEXT_STEP"))
-    render_modes = {*envs.metadata.get("render_modes", [])}
     problem = ""
     if not isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box):
         problem = f"actions must be Discrete or Box, not {action_space}"
     elif not obs_space.is_np_flattenable:
         problem = f"observations must have a fixed size, not {obs_space}"
-    elif "NEXT" not in mode.upper():  # NEXT_STEP or NextStep
-        problem = f"resets must come in the next step, not by {mode}"
-    elif render and not render_modes & {"human", "rgb_array"}:
+    elif "NEXT" not in str(envs.metadata.get("autoreset_mode", "NEXT_STEP")).upper():
+        problem = "resets must come in the next step"
+    elif render and not {"human", "rgb_array"} & {*envs.metadata.get("render_modes", [])}:
         problem = "it has no render mode human"
     if problem:
         envs.close()
@@ -916,16 +908,15 @@ def legal_actions(space, actions):
     """
     if isinstance(space, gym.spaces.Discrete):
         return (space.start + actions).astype(space.dtype)
-    is_float = np.issubdtype(space.dtype, np.floating)
-    # The largest float32 often stands for infinity, and float64 rounds larger integers.
-    widest = np.finfo(np.float32).max if is_float else 2**53
-    width = space.high.astype(float) - space.low
-    is_bounded = space.bounded_below & space.bounded_above & (width < widest)
+    # A wider Box is meant to have no bounds, and float64 would round its integers.
+    is_narrow = space.high.astype(float) - space.low < 2**53
+    is_bounded = space.bounded_below & space.bounded_above & is_narrow
     low = np.where(is_bounded, space.low, -1.0)
     high = np.where(is_bounded, space.high, 1.0)
     actions = (high + low) / 2 + (high - low) / 2 * actions.reshape(-1, *space.shape)
-    actions = actions.clip(space.low, space.high)
-    return (actions if is_float else np.rint(actions)).astype(space.dtype)
+    if not np.issubdtype(space.dtype, np.floating):
+        actions = np.rint(actions)
+    return actions.clip(space.low, space.high).astype(space.dtype)
 
 
 def legal_action(agent, obs):
@@ -947,17 +938,16 @@ def train(env=Settings.env, **chosen):
         return agent, list(learn(agent, envs))
 
 
-def train_and_print(agent, save_path, log_path):
+def train_and_print(agent, args):
     """Train, print about twenty rows and the curve, save after each iteration."""
     settings = agent.settings
-    if save_path is not None:
-        save(save_path, agent)  # if it fails, it fails now
-    with file_errors(log_path):
-        log = open(log_path or os.devnull, "w")
+    if args.save:
+        save(args.save, agent)  # if it fails, it fails now
+    with file_errors(args.log):
+        log = open(args.log or os.devnull, "w")
     flags = []
-    usual = new_agent(settings.env).settings
     for name, value in vars(settings).items():
-        if name == "env" or not value == getattr(usual, name) == getattr(Settings, name):
+        if hasattr(args, name) or value != getattr(Settings, name):
             flags += ["--" + name.replace("_", "-"), *np.ravel(value)]
     print("python ppo.py", *flags)  # repeats the run
     history = []
@@ -976,14 +966,14 @@ def train_and_print(agent, save_path, log_path):
                 if 20 * record["steps"] >= num_rows * settings.total_steps:
                     num_rows += 1
                     print(ROW.format(*map(four_digits, record.values())), flush=True)
-                if save_path is not None:
-                    save(save_path, agent)
+                if args.save:
+                    save(args.save, agent)
         finally:
             print_curve(history)
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
-    if save_path is not None:
-        print(f"saved; to watch it: python ppo.py --play {save_path} --render")
+    if args.save:
+        print(f"saved; to watch it: python ppo.py --play {args.save} --render")
 
 
 def live_line(total_steps):
@@ -1006,7 +996,7 @@ def live_line(total_steps):
     return show
 
 
-ROW = "{:>10}{:>10}{:>12}{:>11}{:>11}{:>11}{:>11}"
+ROW = "{:>10}{:>10}{:>12}" + "{:>11}" * 4
 
 
 def four_digits(number):
@@ -1105,8 +1095,7 @@ def load(path, **chosen):
     agent = new_agent(**vars(settings) | chosen)
     for name, array in arrays_of(agent).items():
         if np.shape(arrays.get(name)) != array.shape:
-            misfit = "hidden" if "hidden" in chosen else agent.settings.env
-            raise UsageError(f"{path} does not fit {misfit}")
+            raise UsageError(f"{path} is of {settings.env}, hidden {settings.hidden}: does not fit")
         array[:] = arrays[name]
     if "seed" not in chosen:
         agent.rng.bit_generator.state = state
@@ -1131,8 +1120,6 @@ def run(argv):
     args = parser.parse_args(argv)
     chosen = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
 
-    if args.play and (args.save or args.load or args.log):
-        raise UsageError("--play only evaluates: leave out --load, --save and --log")
     for path in (args.save, args.load):
         if path and args.log and os.path.realpath(path) == os.path.realpath(args.log):
             raise UsageError("--log needs a file of its own")
@@ -1142,7 +1129,7 @@ def run(argv):
         with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
             envs.reset(seed=0)  # if it fails, it fails now
     if not args.play:
-        train_and_print(agent, args.save, args.log)
+        train_and_print(agent, args)
     episodes = chosen.get("eval_episodes", 5 if args.render else None)
     returns = evaluate(agent, episodes, args.render)
     numbers = [four_digits(of(returns)) for of in (np.mean, np.std, np.min, np.max)]
