@@ -4,18 +4,19 @@
 # ///
 """The learning results in README.md: trains with several seeds and prints Markdown tables.
 
-    uv run .ci/results.py tasks [ENV ...]    every task on fresh seeds, beside others' results
-    uv run .ci/results.py ladder [ENV ...]   five objectives, six step sizes, and the pictures
-    uv run .ci/results.py try                the commands of "Try it"
-    uv run .ci/results.py path               the changes of "Learn PPO with this file"
+    uv run .ci/results.py tasks    every task on fresh seeds, beside others' results
+    uv run .ci/results.py ladder   five objectives, six step sizes, and the pictures
+    uv run .ci/results.py try      the commands of "Try it"
+    uv run .ci/results.py path     the changes of "Learn PPO with this file"
 
 Runs are kept in tasks.jsonl, ladder.jsonl and try.jsonl, and are not repeated. To measure again,
-keep them in another file: --keep FILE.
+delete their lines, or keep them in another file: --keep FILE.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -91,17 +92,16 @@ CORES = ("", "Haswell")  # sums as this processor rounds them, and as one withou
 
 def tasks(args):
     """Print every task beside others' results."""
-    rows = [row for row in TASKS if not args.envs or row[0] in args.envs]
     experiments = []
-    for env, steps, num_seeds, _, _ in rows:
+    for env, steps, num_seeds, _, _ in TASKS:
         flags = f"--env {env} --total-steps {round(steps * 1e6)}"
         if optimum(env) != "-":
             flags += " --eval-episodes 1000"  # they are quick, and their returns differ a lot
         experiments.append((flags, range(300, 300 + num_seeds), "", "", ""))
     results = play(args, experiments, ["greedy", "training"])
     print_header("task", "steps", "greedy", "RL Zoo", "training", "CleanRL", "optimum")
-    for (env, steps, _, zoo, cleanrl), result in zip(rows, results, strict=True):
-        cells = cell(result["greedy"]), zoo, cell(result["training"]), cleanrl
+    for (env, steps, _, zoo, cleanrl), greedy, training in zip(TASKS, *results, strict=True):
+        cells = cell(greedy), zoo, cell(training), cleanrl
         print_row(env, f"{steps}M", *cells, optimum(env))
 
 
@@ -125,25 +125,22 @@ def optimum(name):
 def ladder(args):
     """Print two tables for each environment, and draw its picture."""
     for env, steps, num_seeds in LADDER:
-        if args.envs and env not in args.envs:
-            continue
         experiments = []
         for objective in COLOURS:
             flag = "--kl-target" if objective == "trpo" else "--actor-lr"
             for size in STEP_SIZES:
                 flags = f"--env {env} --total-steps {steps} --objective {objective} {flag} {size}"
                 experiments.append((flags, range(num_seeds), "", "", ""))
-        results = play(args, experiments, ["training", "greedy"])
+        names = ["training", "greedy"]
+        results = np.array(play(args, experiments, names))
+        results = results.reshape(len(names), len(COLOURS), len(STEP_SIZES), -1)
         title = f"{env}: return after {steps:,} steps"
-        for name in "training", "greedy":
+        for name, returns in zip(names, results, strict=True):
             print(f"\n{title}, {name}")
             print_header("", *map(str, STEP_SIZES))
-            cells = iter(cell(result[name]) for result in results)
-            for objective in COLOURS:
-                print_row(f"`{objective}`", *[next(cells) for _ in STEP_SIZES])
-        returns = np.array([result["training"] for result in results])
-        file = f"ladder-{env.partition('-')[0].lower()}.svg"
-        draw(title, returns.reshape(len(COLOURS), len(STEP_SIZES), -1), HERE / file)
+            for objective, row in zip(COLOURS, returns, strict=True):
+                print_row(f"`{objective}`", *map(cell, row))
+        draw(title, results[0], HERE / f"ladder-{env.partition('-')[0].lower()}.svg")
 
 
 def draw(title, returns, path):
@@ -183,12 +180,10 @@ def effects(args):
     experiments = []
     for flags, old, new, _ in rows:
         experiments += [(flags, range(10), core, old, new) for core in CORES]
-    results = play(args, experiments, ["greedy", "solved"])
+    results = np.array(play(args, experiments, ["greedy", "solved"]))
+    results = results.reshape(2, len(rows), len(CORES), -1)
     print_header("flags", "change", "mean", "worst", "below", "solved", "median steps")
-    for flags, _, new, limit in rows:
-        pair = [results.pop(0) for _ in CORES]
-        greedy = np.array([result["greedy"] for result in pair])  # (cores, seeds)
-        solved = np.array([result["solved"] for result in pair])
+    for (flags, _, new, limit), greedy, solved in zip(rows, *results, strict=True):
         print_row(
             f"`{flags}`",
             f"`{new}`",
@@ -201,73 +196,62 @@ def effects(args):
 
 
 def play(args, experiments, names):
-    """Return the named results of each experiment, arrays over its seeds. Run what is missing."""
-    lines = args.keep.read_text().splitlines() if args.keep.exists() else []
-    kept = {record["run"]: record for record in map(json.loads, lines)}
+    """Return for each name an array over seeds of each experiment. Run what is missing."""
+    args.keep.touch()
+    kept = {}
+    for line in args.keep.read_text().splitlines():
+        record = json.loads(line)
+        kept[record["run"]] = record
     records = []
     missing = []
     for flags, seeds, core, old, new in experiments:
-        name = "; ".join([flags, new, core])
-        record = kept.setdefault(name, {"run": name, "seeds": [], **{name: [] for name in names}})
+        run_name = "; ".join([flags, new, core])
+        record = {"run": run_name, "seeds": []} | {name: [] for name in names}
+        record = kept.setdefault(run_name, record)
         records.append(record)
         for seed in seeds:
             if seed not in record["seeds"]:
                 missing.append((record, seed, f"{flags} --seed {seed}", core, old, new))
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (record, seed, *_), result in zip(missing, pool.map(run, missing), strict=True):
             print(record["run"], seed, result, file=sys.stderr)
             record["seeds"].append(seed)
             for name in names:
                 record[name].append(result[name])
             lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in kept.values()]
-            temporary = args.keep.with_suffix(".tmp")
-            temporary.write_text("".join(lines))
-            temporary.replace(args.keep)
-    return [{name: np.array(record[name], float) for name in names} for record in records]
+            args.keep.write_text("".join(lines))
+    return [[np.array(record[name], float) for record in records] for name in names]
 
 
 def run(task):
-    """Train and evaluate in a process of its own. Return what work prints."""
+    """Run ppo.py as a user would, and return what its evaluation and its log say.
+
+    greedy is the mean return of greedy episodes, training that of the last 100 training episodes,
+    solved the step at which the latter reached what the environment asks for (CartPole-v1: 475).
+    All are None if training diverged.
+    """
     _, _, flags, core, old, new = task
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ)
     if core:
         environment["OPENBLAS_CORETYPE"] = core
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "ppo.py").write_text(PPO.replace(old, new), encoding="utf-8")
-        command = [sys.executable, __file__, "work", folder, *flags.split()]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if process.returncode != 0:
-        raise RuntimeError(f"{flags}: {process.stderr[-1000:]}")
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-def work(folder, *flags):
-    """Train with the ppo.py of a folder, evaluate, and print the results.
-
-    greedy is the mean return of greedy episodes, training that of the last 100 training episodes,
-    solved the step at which the latter reached what the environment asks for (CartPole-v1: 475).
-    All are null if training diverged.
-    """
-    sys.path.insert(0, folder)
-    import ppo
-
-    types = ppo.Settings.__annotations__
-    names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
-    chosen = {name: types[name](x) for name, x in zip(names, flags[1::2], strict=True)}
-    agent = ppo.new_agent(**chosen)
-    env = agent.settings.env
-    threshold = gym.spec(env).reward_threshold or np.inf
-    result = dict(greedy=None, training=None, solved=None)
-    try:
-        for record in ppo.learn(agent, ppo.make_envs(env, agent.settings.num_envs)):
-            is_solved = record["episodes"] >= 100 and record["mean_return"] >= threshold
-            if is_solved and result["solved"] is None:
-                result["solved"] = record["steps"]
-        result["greedy"] = float(f"{ppo.evaluate(agent).mean():.5g}")
-        result["training"] = float(f"{record['mean_return']:.5g}")
-    except FloatingPointError:
-        result = dict.fromkeys(result)
-    print(json.dumps(result))
+        command = [sys.executable, "ppo.py", *flags.split(), "--log", "log.csv"]
+        options = dict(cwd=folder, env=environment, capture_output=True, text=True)
+        process = subprocess.run(command, **options)
+        if re.search("diverged|not finite", process.stderr):
+            return dict(greedy=None, training=None, solved=None)
+        if process.returncode != 0:
+            raise RuntimeError(f"{flags}: {process.stderr[-1000:]}")
+        log = np.genfromtxt(Path(folder, "log.csv"), dtype=None, delimiter=",", names=True)
+    greedy = re.search(r": mean (\S+),", process.stdout)[1]
+    threshold = gym.spec(re.search(r"--env (\S+)", process.stdout)[1]).reward_threshold
+    is_solved = (log["episodes"] >= 100) & (log["mean_return"] >= (threshold or np.inf))
+    return {
+        "greedy": float(greedy.replace(",", "")),
+        "training": float(f"{log['mean_return'][-1]:.5g}"),
+        "solved": min(log["steps"][is_solved].tolist(), default=None),
+    }
 
 
 def number(x):
@@ -302,13 +286,9 @@ def print_header(*cells):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["work"]:  # called by run
-        sys.exit(work(*sys.argv[2:]))
     commands = {"tasks": tasks, "ladder": ladder, "try": effects, "path": effects}
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=commands)
-    parser.add_argument("envs", nargs="*", metavar="ENV", help="only these tasks")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--keep", type=Path, help="file of kept runs")
     args = parser.parse_args()
     file = "try" if args.what == "path" else args.what
