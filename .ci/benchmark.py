@@ -28,7 +28,6 @@ import argparse
 import ast
 import json
 import os
-import platform
 import re
 import resource
 import runpy
@@ -36,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections import deque
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
@@ -44,7 +42,6 @@ from time import perf_counter
 START = perf_counter()  # of this process, some 20 ms after its very start
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "speed.jsonl"
-SEEDS = [300, 301, 302]
 
 # fmt: off
 # Table 1: the settings of CleanRL's and PureJaxRL's scripts, as the others call them.
@@ -78,8 +75,7 @@ ZOO = {
 # fmt: on
 
 
-# Sides ------------------------------
-# Each runs in a process of its own, with total_steps for table 1, without for table 2.
+# Each side runs in a process of its own, with total_steps for table 1, without for table 2.
 
 
 class Watch:
@@ -183,9 +179,9 @@ def run_purejaxrl(seed, env, total_steps=None):
     # A compiled run cannot be watched. Its updates do the same work, so each took its share.
     returns = metrics["returned_episode_returns"]
     share = (perf_counter() - watch.start) / len(returns)
-    last = deque(maxlen=100)
+    last = []
     for update, ended in enumerate(metrics["returned_episode"]):
-        last.extend(returns[update][ended].tolist())
+        last = [*last, *returns[update][ended].tolist()][-100:]
         now = watch.start + share * (update + 1)
         if watch.see(len(last), fmean(last or [0]), now):
             break
@@ -223,9 +219,6 @@ def work(task):
     print(json.dumps(result))
 
 
-# Measuring ------------------------------
-
-
 def measure(side, place, **options):
     """Run a side in a new process. Return its result, with the seconds it took."""
     python, folder = place
@@ -242,7 +235,7 @@ def machine():
     info = Path("/proc/cpuinfo").read_text()  # of Linux
     name = re.search("model name\t: (.*)", info)[1]
     avx512 = "with" if " avx512f" in info else "without"
-    return f"{name} {avx512} AVX-512, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{name} {avx512} AVX-512, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
 
 
 def keep(**record):
@@ -265,13 +258,10 @@ def measure_table(table, args):
         # A first run compiles modules and fills the disk's cache. It does not count.
         for side in sides:
             measure(side, places[side], env=env, seed=0, total_steps=2048)
-        for seed in SEEDS:
+        for seed in range(300, 303):
             for side in sides:
                 run = measure(side, places[side], env=env, seed=seed, **options)
                 keep(table=table, side=side, **run)
-
-
-# Showing ------------------------------
 
 
 def select(records, **wanted):

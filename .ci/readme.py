@@ -1,11 +1,12 @@
 """Check that README.md is shown as meant, and that what it names exists. Print faults and sizes."""
 
-import ast
+import pydoc
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for ppo.py
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
 MAX_CHARACTERS = 36_000
@@ -20,14 +21,9 @@ for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S):
         if len(line) > MAX_COLUMNS:
             faults.append(f"more than {MAX_COLUMNS} columns: {line}")
 
-depth = 0
-unfolded = []
-for line in README.splitlines(keepends=True):
-    if depth == 0 and "<details" not in line:
-        unfolded.append(line)
-    depth += line.count("<details") - line.count("</details>")
-if depth != 0:
-    faults.append(f"the numbers of <details> and </details> differ by {depth}")
+unfolded = re.sub(r"<details.*?</details>\n", "", README, flags=re.S)
+if README.count("<details") != README.count("</details>"):
+    faults.append("the numbers of <details> and </details> differ")
 
 # Markdown changes a backslash before other characters than letters, as in \, and also }_.
 # A | ends the cell of a table.
@@ -47,25 +43,19 @@ for link in links:
     if not (is_here or re.match(r"\w+:|\.\./\.\./", link)):
         faults.append(f"the link leads nowhere: {link}")
 
-functions = set()
-for node in ast.walk(ast.parse((ROOT / "ppo.py").read_text(encoding="utf-8"))):
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        functions.add(node.name)
-        parts = node.body if isinstance(node, ast.ClassDef) else []
-        functions |= {f"{node.name}.{getattr(part, 'name', '')}" for part in parts}
 section = README.partition("\n## Formula map")[2].partition("\n## ")[0]
 rows = re.findall(r"^\| (\d+) \|.*\|([^|]*)\|$", section, re.M)
 if [int(number) for number, _ in rows] != list(range(1, NUM_FORMULAS + 1)):
     faults.append(f"the formula map has the rows {[number for number, _ in rows]}")
 for number, place in rows:
     names = re.findall(r"`([\w.]+)`", place)
-    missing = [name for name in names if name not in functions]
+    missing = [name for name in names if not pydoc.locate(f"ppo.{name}")]
     if missing or not names:
         faults.append(f"row {number} of the formula map: ppo.py has no {missing or place}")
 
 for name, text, limit in [
     ("README.md", README, MAX_CHARACTERS),
-    ("outside of <details>", "".join(unfolded), MAX_UNFOLDED),
+    ("outside of <details>", unfolded, MAX_UNFOLDED),
 ]:
     print(f"{name}: {len(text):,} of at most {limit:,} characters")
     if len(text) > limit:
@@ -73,4 +63,4 @@ for name, text, limit in [
 
 for fault in faults:
     print("fault:", fault)
-sys.exit(int(len(faults) > 0))
+sys.exit(bool(faults))
