@@ -34,7 +34,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import types
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
@@ -75,7 +74,7 @@ ZOO = {
 # fmt: on
 
 
-# Each side runs in a process of its own, with total_steps for table 1, without for table 2.
+# Each side gets total_steps for table 1, but not for table 2.
 
 
 class Watch:
@@ -156,11 +155,13 @@ def run_cleanrl(seed, env, total_steps):
 
 def run_purejaxrl(seed, env, total_steps=None):
     """Run PureJaxRL's training with its script's settings, but without printing every episode."""
-    # Its wrappers import Brax and Navix for other environments.
-    nothing = types.SimpleNamespace(envs=None, EpisodeWrapper=None, AutoResetWrapper=None)
+
+    class Nothing:  # Its wrappers import Brax and Navix for other environments.
+        envs = EpisodeWrapper = AutoResetWrapper = None
+
     training = "brax.envs.wrappers.training"
     for name in ["navix", "brax", "brax.envs", "brax.envs.wrappers", training]:
-        sys.modules[name] = nothing
+        sys.modules[name] = Nothing
     import jax
 
     jax.tree_map = jax.tree_util.tree_map  # JAX has dropped the name by which gymnax calls it
@@ -223,7 +224,7 @@ def measure(side, place, **options):
     """Run a side in a new process. Return its result, with the seconds it took."""
     python, folder = place
     task = json.dumps([os.path.abspath(folder), side, options])
-    command = [python, "-Wignore", str(HERE / "benchmark.py"), "--worker", task]
+    command = [python, "-Wignore", __file__, "--worker", task]
     start = perf_counter()
     with tempfile.TemporaryDirectory() as logs:  # of CleanRL's script
         output = subprocess.check_output(command, cwd=logs)
@@ -232,7 +233,7 @@ def measure(side, place, **options):
 
 
 def machine():
-    info = Path("/proc/cpuinfo").read_text()  # of Linux
+    info = Path("/proc/cpuinfo").read_text()
     name = re.search("model name\t: (.*)", info)[1]
     avx512 = "with" if " avx512f" in info else "without"
     return f"{name} {avx512} AVX-512, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
@@ -247,7 +248,7 @@ def measure_table(table, args):
     here = [sys.executable, HERE.parent]
     places = dict.fromkeys(SIDES, here) | {"CleanRL": args.cleanrl, "PureJaxRL": args.purejaxrl}
     options = {"total_steps": 500_000}
-    tasks = {"CartPole-v1": list(SIDES)}
+    tasks = {"CartPole-v1": SIDES}
     if table == 2:
         options = {}
         tasks = {env: ["ppo.py", "Stable-Baselines3"] for env in TARGETS}
@@ -322,7 +323,7 @@ def draw(runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--measure", type=int, nargs="+", choices=[1, 2], default=[])
     for flag in ["--cleanrl", "--purejaxrl"]:
         parser.add_argument(flag, nargs=2, metavar=("PYTHON", "FOLDER"))
@@ -335,7 +336,7 @@ def main():
     for table in args.measure:
         measure_table(table, args)
     kept = [json.loads(line) for line in KEPT.read_text().splitlines()]
-    for table, show in {1: show_cold_start, 2: show_until_solved}.items():
+    for table, show in (1, show_cold_start), (2, show_until_solved):
         records = select(kept, table=table)
         if records:
             print(f"\n### {table}. {records[0]['machine']}\n")

@@ -1,6 +1,6 @@
 """Change ppo.py in one place at a time, and see whether the tests notice.
 
-    python .ci/mutate.py [--only gae] [--sample 20] [--list] [--jobs 2]
+    python .ci/mutate.py [--only gae] [--sample 20]
 
 If a mutant survives, a line of the algorithm could be wrong without anybody noticing. Then a test
 is missing, or the change makes no difference and EXPLAINED says why. A sample stays the same as
@@ -10,6 +10,7 @@ mutant, or if the tests fail on ppo.py itself.
 
 import argparse
 import ast
+import os
 import random
 import re
 import subprocess
@@ -152,26 +153,20 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     parser.add_argument("--sample", type=int, default=10**6)
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
 
     mutants, unchanged = find_mutants((ROOT / "ppo.py").read_text(encoding="utf-8"))
     keys = [key for _, key, _ in mutants]
-    faults = [key for key in EXPLAINED if not any(full.startswith(key) for full in keys)]
-    for key in faults:
-        print("explained, but no mutant:", key)
+    faults = [start for start in EXPLAINED if not any(key.startswith(start) for key in keys)]
+    for start in faults:
+        print("explained, but no mutant:", start)
     mutants = [mutant for mutant in mutants if options.only in mutant[0]]
     if options.sample < len(mutants):
         mutants = random.Random(0).sample(mutants, options.sample)
-    if options.list:
-        print(*[name for name, _, _ in mutants], sep="\n")
-        return 0
     if not tests_pass(unchanged):
         print("the tests fail on ppo.py itself")
         return 1
-    pool = ThreadPoolExecutor(options.jobs)
-    try:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(tests_pass, [source for _, _, source in mutants])
         for (name, key, _), survives in zip(mutants, results, strict=True):
             if survives:
@@ -179,10 +174,8 @@ def main():
                 print(f"survived: {name}\n    {key}: {reasons or 'NOT EXPLAINED'}", flush=True)
                 if not reasons:
                     faults.append(key)
-    finally:
-        pool.shutdown(cancel_futures=True)
     print(f"{len(mutants)} mutants, {len(faults)} faults")
-    return int(len(faults) > 0)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

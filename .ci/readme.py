@@ -14,12 +14,8 @@ MAX_UNFOLDED = 17_000  # outside of <details>
 MAX_COLUMNS = 96  # a longer command does not fit into GitHub's page
 NUM_FORMULAS = 19
 
-faults = []
-
-for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S):
-    for line in block.splitlines():
-        if len(line) > MAX_COLUMNS:
-            faults.append(f"more than {MAX_COLUMNS} columns: {line}")
+commands = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)).splitlines()
+faults = [f"too long: {command}" for command in commands if len(command) > MAX_COLUMNS]
 
 unfolded = re.sub(r"<details.*?</details>\n", "", README, flags=re.S)
 if README.count("<details") != README.count("</details>"):
@@ -31,13 +27,10 @@ for formula in re.findall(r"\$[^$]+\$", re.sub(r"`[^`]*`", "", PROSE)):
     if re.search(r"\\[^A-Za-z]|\}_|\|", formula):
         faults.append(f"Markdown changes the formula {formula}")
 
-# Links lead to a heading, as GitHub names it, to an id, or to a file.
-anchors = re.findall(r'\b(?:id|name)="([^"]+)"', PROSE)
-for heading in re.findall(r"^#+ (.+)$", PROSE, re.M):
-    anchors.append(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"))
-links = re.findall(r"\]\(([^)\s]+)", PROSE)
-links += re.findall(r'\b(?:src|srcset|href)="([^"]+)"', PROSE)
-for link in links:
+# Links lead to a heading, as GitHub names it, or to a file.
+headings = re.findall(r"^#+ (.+)$", PROSE, re.M)
+anchors = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+for link in re.findall(r'(?:\]\(|src="|href=")([^)"\s]+)', PROSE):
     path, _, anchor = link.partition("#")
     is_here = (ROOT / path).exists() if path else anchor in anchors
     if not (is_here or re.match(r"\w+:|\.\./\.\./", link)):

@@ -29,9 +29,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 PPO = (HERE.parent / "ppo.py").read_text(encoding="utf-8")
 
-# RL Zoo: greedy return (steps), one run, LunarLander v2, MuJoCo v3; benchmark.md at 22e3ff2.
-# CleanRL: training return, three seeds, 0.5M steps, MuJoCo (v4) 1M; docs/benchmark at fe8d8a0.
-TASKS = [  # name, million steps, number of seeds from 300, RL Zoo, CleanRL
+TASKS = [  # name, million steps, number of seeds from 300, RL Zoo and CleanRL (see README.md)
     ("CartPole-v1", 0.1, 10, "500 (0.1M)", "490 ± 6"),
     ("Acrobot-v1", 0.2, 10, "-73.5 (1M)", "-86.4 ± 1.3"),
     ("MountainCar-v0", 0.5, 10, "-110 (1M)", "-200 ± 0"),
@@ -133,7 +131,7 @@ def ladder(args):
                 experiments.append((flags, range(num_seeds), "", "", ""))
         names = ["training", "greedy"]
         results = np.array(play(args, experiments, names))
-        results = results.reshape(len(names), len(COLOURS), len(STEP_SIZES), -1)
+        results = results.reshape(2, len(COLOURS), len(STEP_SIZES), -1)
         title = f"{env}: return after {steps:,} steps"
         for name, returns in zip(names, results, strict=True):
             print(f"\n{title}, {name}")
@@ -206,8 +204,8 @@ def play(args, experiments, names):
     missing = []
     for flags, seeds, core, old, new in experiments:
         run_name = "; ".join([flags, new, core])
-        record = {"run": run_name, "seeds": []} | {name: [] for name in names}
-        record = kept.setdefault(run_name, record)
+        empty = {"run": run_name, "seeds": [], **{name: [] for name in names}}
+        record = kept.setdefault(run_name, empty)
         records.append(record)
         for seed in seeds:
             if seed not in record["seeds"]:
@@ -224,11 +222,10 @@ def play(args, experiments, names):
 
 
 def run(task):
-    """Run ppo.py as a user would, and return what its evaluation and its log say.
+    """Run ppo.py as a user would. Return its results, None if it diverged.
 
-    greedy is the mean return of greedy episodes, training that of the last 100 training episodes,
-    solved the step at which the latter reached what the environment asks for (CartPole-v1: 475).
-    All are None if training diverged.
+    greedy and training are mean returns, of the evaluation and of the last 100 training episodes.
+    solved is the step at which the latter reached what the environment asks for.
     """
     _, _, flags, core, old, new = task
     environment = dict(os.environ)
@@ -255,7 +252,6 @@ def run(task):
 
 
 def number(x):
-    """Return a number as text."""
     if np.isnan(x):
         return "diverged"
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
