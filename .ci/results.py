@@ -236,7 +236,7 @@ def run(task):
         command = [sys.executable, "ppo.py", *flags.split(), "--log", "log.csv"]
         options = dict(cwd=folder, env=environment, capture_output=True, text=True)
         process = subprocess.run(command, **options)
-        if re.search("diverged|not finite", process.stderr):
+        if re.search("ppo.py: (diverged|the environment)", process.stderr):
             return dict(greedy=None, training=None, solved=None)
         if process.returncode != 0:
             raise RuntimeError(f"{flags}: {process.stderr[-1000:]}")
