@@ -7,23 +7,23 @@
     python ppo.py --env CartPole-v1
 
 Every gradient is written by hand. Read from top to bottom, with the lectures beside it.
-`Eq. 9` stands above the code that computes this formula. README.md lists all 19.
+`Eq. 9` stands above the code of this formula. README.md lists all 19.
 
-The algorithm (Eq. 19)                                                where
-    create the actor θ and the critic φ                               §1, §2
-    repeat until all steps are used up                                §8
-        play T steps in each of N environments, with the policy π_θ   §3
-        judge: advantages Â from V_φ by GAE, and returns R̂ = Â + V_φ  §4, §8
-        learn, K passes each, in minibatches of B rows:
-            move θ against the gradient of the actor's loss           §5, §6, §7
-            move φ against the gradient of the critic's loss          §6, §7
+The algorithm (Eq. 19)                                         where
+    create the actor θ and the critic φ                        §1, §2, §8
+    repeat until all steps are used up                         §8
+        play T steps in N environments with the policy π_θ     §3
+        judge: advantages Â by GAE, and returns R̂ = Â + V_φ    §4, §8
+        learn, K passes for either, in minibatches of B rows:
+            move θ against the gradient of the actor's loss    §5, §6, §7
+            move φ against the gradient of the critic's loss   §6, §7
 
 While θ moves, the data stay those of the θ that played: in the lectures θ_k or θ', in
 names _old.
 
 Names
     N, T, K        num_envs, num_steps, epochs
-    n, d, P, B     how many actions, components of an action, parameters, rows of a batch
+    n, d, P, B     numbers of actions, of an action's components, of parameters, of rows
     s, a, Â, R̂, ρ  observations, actions, advantages, returns, ratio
     θ, φ           theta, phi: vectors (P,); actor, critic: the same as lists of arrays
     γ, λ, ε, β, c  gamma, lam, clip or epsilon, beta, ent_coef
@@ -60,7 +60,7 @@ def flatten(arrays):
 
 
 def unflatten(vector, shapes):
-    """Cut the vector (P,) into arrays of these shapes: views, which move when it moves."""
+    """Cut the vector (P,) into views of these shapes: arrays that change when it does."""
     arrays = []
     start = 0
     for shape in shapes:
@@ -73,15 +73,12 @@ def unflatten(vector, shapes):
 def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
     """Return new parameters for layers of these sizes, e.g. [4, 64, 64, 2].
 
-    Each W (fan_in, fan_out) is orthogonal, which keeps the size of signals (Saxe et al.
-    2014), times √2, in the last layer times out_gain. Each b is 0.
+    Each W (fan_in, fan_out) is an orthogonal matrix, which keeps the size of signals
+    (Saxe et al. 2014), times √2, or times out_gain in the last layer. Each b is 0.
     """
     params = []
-    num_layers = len(sizes) - 1
-    for layer in range(num_layers):
-        fan_in = sizes[layer]
-        fan_out = sizes[layer + 1]
-        gain = out_gain if layer == num_layers - 1 else math.sqrt(2)
+    gains = [math.sqrt(2)] * (len(sizes) - 2) + [out_gain]
+    for fan_in, fan_out, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
         noise = rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out)))
         q, r = np.linalg.qr(noise)
         q *= np.sign(np.diag(r))  # all matrices are equally likely
@@ -95,7 +92,7 @@ def mlp_forward(params, inputs):
     """Return outputs (B, out_dim) for inputs (B, in_dim), and a cache: each layer's input."""
     cache = []
     x = inputs
-    for layer in range(len(params) // 2):  # a policy's log_std (§2) at the end is no layer
+    for layer in range(len(params) // 2):  # a log_std (§2) at the end is no layer
         W = params[2 * layer]
         b = params[2 * layer + 1]
         if layer > 0:
@@ -113,7 +110,7 @@ def mlp_backward(params, cache, d_outputs):
         x = cache[layer]
         # outputs = x W + b:   ∂loss/∂W = xᵀ d_outputs,   ∂loss/∂b = Σ_rows d_outputs
         dW = x.T.dot(d_outputs)
-        db = np.ones(len(x), x.dtype).dot(d_outputs)  # 3 times as fast as .sum(axis=0)
+        db = np.ones(len(x), x.dtype).dot(d_outputs)  # .sum(axis=0), but faster
         grads = [dW, db, *grads]
         if layer > 0:
             # ∂loss/∂x = d_outputs Wᵀ;   x = tanh(z), so ∂x/∂z = 1 - x²
@@ -124,8 +121,8 @@ def mlp_backward(params, cache, d_outputs):
 
 # §2  Policies ----------
 # A policy is a distribution over actions for each state of a batch. log_prob and entropy
-# return a number for each state (B,), and its gradients by the logits, or by mean and
-# log_std: an array each, with a row for each state.
+# return a number for each state (B,), and a list of its gradients, with a row for each
+# state: [by the logits], or [by the mean, by log_std].
 
 
 def log_softmax(logits):
@@ -136,7 +133,7 @@ def log_softmax(logits):
 
 
 class Categorical:
-    """A choice among n actions, π(a|s) = softmax(logits)_a, of logits (B, n)."""
+    """A choice among n actions: π(a|s) = softmax(logits)_a, given logits (B, n)."""
 
     def __init__(self, logits):
         self.logits = logits
@@ -156,7 +153,8 @@ class Categorical:
         assert (actions >= 0).all()
         log_probs = log_softmax(self.logits)
         rows = np.arange(len(actions))
-        # ∂ log π(a) / ∂ logits = onehot(a) - π, the first factor of ∇log π (Eq. 4)
+        # log π(a) = logits_a - log Σ exp(logits). So ∂log π(a)/∂logits = onehot(a) - π,
+        # the first factor of ∇log π (Eq. 4).
         grad_logits = -np.exp(log_probs)
         grad_logits[rows, actions] += 1
         return log_probs[rows, actions], [grad_logits]
@@ -167,13 +165,14 @@ class Categorical:
         probs = np.exp(log_probs)
         # Eq. 17   H = -Σ π log π
         entropy = -(probs * log_probs).sum(axis=-1)
-        # Eq. 3   With ∇π = π ∇log π, and thus Σ π ∇log π = 0:   ∂H / ∂ logits = -π (log π + H)
+        # Eq. 3   ∂π_a/∂logits = π_a (onehot(a) - π), which sums to 0 over a. So
+        #         ∂H/∂logits = -Σ_a log π_a π_a (onehot(a) - π) = -π (log π + H)
         grad_logits = -probs * (log_probs + entropy[:, None])
         return entropy, [grad_logits]
 
 
 class Gaussian:
-    """Independent normal actions, N(mean, exp(log_std)²), of mean (B, d), log_std (d,)."""
+    """Independent normal actions N(mean, exp(log_std)²), of mean (B, d), log_std (d,)."""
 
     def __init__(self, mean, log_std):
         self.mean = mean
@@ -195,12 +194,12 @@ class Gaussian:
         z = (actions - self.mean) / self.std
         # log π = -Σ (½z² + log std + ½ log 2π)
         log_prob = -(0.5 * z * z + self.log_std + 0.5 * math.log(2 * math.pi)).sum(axis=-1)
-        # ∂ log π / ∂ mean = z / std,   ∂ log π / ∂ log_std = z² - 1
+        # ∂log π/∂mean = z / std,   ∂log π/∂log_std = z² - 1
         return log_prob, [z / self.std, z * z - 1]
 
     def entropy(self):
         """Return H(π) (B,), and its gradients [(B, d), (B, d)]."""
-        # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H / ∂ log_std = 1
+        # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H/∂log_std = 1
         entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(axis=-1)
         grads = [np.zeros_like(self.mean), np.ones_like(self.mean)]
         return np.full(len(self.mean), entropy), grads
@@ -227,8 +226,8 @@ def rollout(envs, act, obs, num_steps):
     observations (T+1, N, obs_dim), actions (T, N, ...), rewards, terminated and truncated
     (T, N), in float32 (observations in float64 if obs is).
 
-    An episode is terminated at a true end, truncated at a time limit. The step after either
-    only resets (Gymnasium's NEXT_STEP): learn (§8) leaves out its row.
+    An episode is terminated at a true end, truncated at a time limit. The step after
+    either only resets (Gymnasium's NEXT_STEP): learn (§8) leaves out its row.
 
         t   observations[t]   actions[t]   rewards[t]   terminated[t]
         7   s_7               a_7          r_7          True            the episode ends
@@ -258,8 +257,8 @@ def rollout(envs, act, obs, num_steps):
 def gae(rewards, values, terminated, truncated, gamma, lam):
     """Generalized Advantage Estimation (Schulman et al. 2016): return Â (T, N).
 
-    rewards, terminated and truncated (booleans or 0/1) are (T, N), values (T+1, N). Step t
-    led to the state of values[t+1], also where an episode ends. Rows of resets mean nothing.
+    rewards, terminated and truncated (booleans or 0/1) are (T, N), values (T+1, N). Step
+    t led to the state of values[t+1], also where an episode ends. Â is void in rows of resets.
     """
     shapes = {rewards.shape, terminated.shape, truncated.shape, values[1:].shape}
     if rewards.ndim != 2 or len(shapes) > 1:
@@ -268,24 +267,25 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     # Eq. 7   Q(s_t, a_t) = r_t + γ V(s_{t+1}), from one sample of s_{t+1}
     # V(s_{t+1}) is 0 after a true end. At a time limit or the rollout's end it stays.
     q_values = rewards + gamma * np.where(terminated, 0.0, values[1:])
-    # Eq. 7, 8   A = Q - V, after one step the TD error δ_t
+    # Eq. 7, 8   A = Q - V; with this one-step Q it is the TD error δ_t
     deltas = q_values - values[:-1]
     ended = np.logical_or(terminated, truncated)
     advantages = np.empty_like(deltas)
     next_advantage = np.zeros_like(deltas[0])
     for t in reversed(range(len(rewards))):
-        # After either ending nothing of this episode follows.
+        # After either ending, no later step belongs to this episode.
         next_advantage = np.where(ended[t], 0, next_advantage)
+        # Eq. 5   With λ = 1, up to a true end, Â_t + V(s_t) = R_t = r_t + γ R_{t+1}.
         # Eq. 9   Â_t = δ_t + γλ Â_{t+1}
-        # Eq. 5   λ = 1, up to a true end: Â_t + V(s_t) = R_t = r_t + γ R_{t+1}, the reward-to-go
         advantages[t] = deltas[t] + gamma * lam * next_advantage
         next_advantage = advantages[t]
     return advantages
 
 
 # §5  Objectives ----------
-# Each takes log_prob, log_prob_old and advantages (B,), needed or not, and returns two arrays
-# (B,): a loss, whose mean over rows is minimised, and its slope ∂loss/∂log π.
+# Each takes log_prob, log_prob_old and advantages (B,), needed or not. It returns two arrays
+# (B,): a loss, whose mean is minimised, and its slope ∂loss/∂log π. At θ_k, where ρ = 1, all
+# objectives have the slope -Â.
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
@@ -447,10 +447,10 @@ class Settings:
     """All settings of a run. Each is a flag."""
 
     env: str = setting("CartPole-v1", "name in Gymnasium, or module:Name-v0")
-    seed: int = setting(0, "seed of everything random in ppo.py")
+    seed: int = setting(0, "seed of all random numbers")
     total_steps: int = setting(500_000, "environment steps, resets included")
     num_envs: int = setting(16, "N, environments side by side")
-    num_steps: int = setting(128, "T, steps of each environment in a rollout")
+    num_steps: int = setting(128, "T, steps of each in a rollout")
     epochs: int = setting(6, "K, passes over the same data, Eq. 10")
     minibatch_size: int = setting(128, "rows in a gradient step, at most")
     lr: float = setting(2e-3, "learning rate; falls to 0")
@@ -462,9 +462,9 @@ class Settings:
     kl_target: float = setting(0.01, "delta of trpo, Eq. 14; aim of kl, Eq. 15")
     ent_coef: float = setting(0.0, "c, entropy bonus, Eq. 17; falls to 0")
     max_grad_norm: float = setting(0.5, "longer gradients are shortened")
-    hidden: tuple = setting((64, 64), "sizes of the hidden layers, if any")
+    hidden: tuple = setting((64, 64), "sizes of the hidden layers")
     normalize_steps: int = setting(1, "normalise by the first N steps; 0: do not")
-    log_std_init: float = setting(0.0, "log_std of a new policy's actions")
+    log_std_init: float = setting(0.0, "log_std of a new policy")
     eval_episodes: int = setting(100, "episodes of the greedy evaluation")
 
 
@@ -583,9 +583,9 @@ def update(agent, inputs, actions, advantages, returns, remaining):
 
 
 def sums_so_far(rewards, ended, gamma, before):
-    """Return each episode's discounted rewards up to step t (T, N), and the sums (N,) to go on.
+    """Return the sum of each episode's rewards so far (T, N), and the last sums (N,).
 
-    rewards and ended are (T, N). before (N,) is what an earlier rollout left, 0 at first.
+    gamma discounts older rewards. before are the last sums of the rollout before, or 0.
     """
     sums = np.empty(rewards.shape)
     for t in range(len(rewards)):
@@ -601,7 +601,7 @@ def learn(agent, envs):
     envs come from make_envs (§11). Raises FloatingPointError if a number is not finite.
     """
     settings = agent.settings
-    actor = agent.actor  # once; at each step it would cost 4 %
+    actor = agent.actor  # cut once: at each step it would cost 4 %
 
     def sample(obs):
         policy, _ = policy_forward(actor, agent.normalize(obs))
@@ -628,7 +628,7 @@ def learn(agent, envs):
         is_transition = ~np.vstack([ended_before, ended[:-1]])  # the step after an end only resets
         ended_before = ended[-1]
 
-        # Eq. 2   With γ = 1 it is R(τ) = Σ r_t where an episode ends. Its mean estimates J(θ).
+        # Eq. 2   With γ = 1, an episode's last sum is R(τ) = Σ r_t. Its mean estimates J(θ).
         sums, return_so_far = sums_so_far(rewards, ended, 1, return_so_far)
         last_returns = np.append(last_returns, sums[ended])[-100:]
         mean_return = float(last_returns.mean()) if len(last_returns) > 0 else math.nan
@@ -637,7 +637,7 @@ def learn(agent, envs):
         if not is_transition.any():
             continue  # a rollout of one step may be resets only
 
-        # Eq. 19, judge: Â and R̂ with φ_k. Scaled rewards keep V small (§10).
+        # Eq. 19, judge: Â and R̂ with φ_k. Rewards are scaled in place: V stays small (§10).
         discounted_so_far = scale_rewards(agent, rewards, ended, is_transition, discounted_so_far)
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
         values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
@@ -650,7 +650,6 @@ def learn(agent, envs):
         batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
         changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
         observe(agent, observations[:-1][is_transition])  # for the next rollout (§10)
-        stop_if_diverged(agent, changes["kl"], steps)  # §10
         yield {"steps": steps, "episodes": episodes, "mean_return": mean_return, **changes}
 
 
@@ -658,8 +657,9 @@ def learn(agent, envs):
 
 # §9  TRPO ----------
 # TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
-# takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ with
-# the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate and kl map theta to (mean, gradient).
+# takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ
+# with the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate, a loss, and kl are functions of
+# theta that return (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
@@ -698,7 +698,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
         return
     g = -gradient  # surrogate is a loss
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), g)
-    # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g
+    # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g, so xᵀFx = xᵀg
     step = float(np.sqrt(2 * delta / (x @ g))) * x
     for _ in range(10):  # Δ is right only near θ_k: halve it until both conditions hold
         kl_new, _ = kl(theta + step)
@@ -722,8 +722,8 @@ def trpo(theta, shapes, objective, ent_coef, data, delta):
 
 
 # §10  Statistics ----------
-# Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...) are
-# the mean, the variance and the number of what was seen. return_moments starts with a
+# Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...)
+# are the mean, the variance and the number of what was seen. return_moments starts with a
 # variance of 1 that has almost no weight.
 
 
@@ -748,7 +748,7 @@ def observe(agent, obs):
     """Update the statistics from observations (B, obs_dim); the next rollout uses them.
 
     All components follow until normalize_steps steps are counted. After that a component
-    follows only if more than 1 % of its values left ±10, because the clip would hide them.
+    follows only if over 1 % of its values left ±10, because the clip would hide them.
     """
     if agent.settings.normalize_steps == 0:
         return
@@ -762,12 +762,15 @@ def observe(agent, obs):
 
 
 def report(agent, inputs, actions, log_prob_old, advantages, returns):
-    """Return what an update changed, as numbers by name. The arguments are those of update."""
+    """Return what an update changed, or raise FloatingPointError if it diverged."""
     policy, _ = policy_forward(agent.actor, inputs)  # θ is now θ_{k+1}
     log_prob, _ = policy.log_prob(actions)
     entropy, _ = policy.entropy()
     kl, _ = kl_divergence(log_prob, log_prob_old)
     ratio = np.exp(log_prob - log_prob_old)
+    for numbers in (agent.theta, agent.phi, agent.obs_std, kl):
+        if not np.isfinite(numbers).all():
+            raise FloatingPointError("diverged: try a smaller lr")
     return {
         "kl": float(kl.mean()),
         "clipped": float((abs(ratio - 1) > agent.settings.clip).mean()),
@@ -776,25 +779,11 @@ def report(agent, inputs, actions, log_prob_old, advantages, returns):
     }
 
 
-def stop_if_diverged(agent, kl, steps):
-    """Raise FloatingPointError if a number of the agent is not finite."""
-    for numbers in (agent.theta, agent.phi, agent.obs_std, kl):
-        if not np.isfinite(numbers).all():
-            raise FloatingPointError(f"diverged after step {steps:,}: try a smaller lr")
-
-
 # §11  Tasks ----------
-# Settings that differ from the defaults: first by the kind of task, then by Gymnasium's task.
+# Settings that differ from the defaults: first by the kind of task, then by the task.
 
 CONTINUOUS = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
-# Without hidden layers W is a table: a row of logits, or a value, for each state.
-TABLE = dict(hidden=(), normalize_steps=0, lr=3e-2, lam=0.8, ent_coef=0.3)
-KINDS = {
-    "discrete actions": dict(),
-    "continuous actions": dict(CONTINUOUS, log_std_init=-0.5),
-    "one continuous action": dict(CONTINUOUS, log_std_init=0.8, epochs=8),
-    "numbered states": dict(TABLE, num_envs=32, num_steps=32, minibatch_size=256),
-}
+TABLE = dict(num_envs=32, num_steps=32, minibatch_size=256, lr=3e-2, lam=0.8, ent_coef=0.3)
 FEW_STEPS = dict(total_steps=100_000, epochs=10)
 TASKS = {
     "CartPole": dict(total_steps=100_000),
@@ -811,20 +800,22 @@ class UsageError(ValueError):
 
 
 def is_of_user(error):
-    """Return whether code other than ppo.py's, Gymnasium's and numpy's took part in an error."""
+    """Return whether code of others than ppo.py, Gymnasium and numpy took part."""
     error = error.__context__ or error  # Gymnasium raises some anew
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = {frame.f_globals.get("__name__", "").split(".")[0] for frame in frames}
     return not modules <= {__name__, "contextlib", "gymnasium", "importlib", "numpy"}
 
 
-def kind_of(obs_space, action_space):
-    """Return the kind of task, as in KINDS, that has these spaces."""
+def settings_of_kind(obs_space, action_space):
+    """Return the settings for tasks with these spaces."""
     is_numbered = isinstance(obs_space, gym.spaces.Discrete)
     if isinstance(action_space, gym.spaces.Discrete):
-        return "numbered states" if is_numbered else "discrete actions"
-    is_one = gym.spaces.flatdim(action_space) == 1
-    return "one continuous action" if is_one and not is_numbered else "continuous actions"
+        # Without hidden layers W is a table: a row of logits, or a value, for each state.
+        return dict(TABLE, hidden=(), normalize_steps=0) if is_numbered else dict()
+    if gym.spaces.flatdim(action_space) == 1 and not is_numbered:
+        return dict(CONTINUOUS, log_std_init=0.8, epochs=8)
+    return dict(CONTINUOUS, log_std_init=-0.5)
 
 
 def check(settings):
@@ -843,12 +834,12 @@ def check(settings):
 
 
 def new_agent(env=Settings.env, **chosen):
-    """Return an untrained agent. Settings not chosen are those of the task or its kind."""
+    """Return a new agent. Settings not chosen are those of the task or its kind."""
     with closing(make_envs(env, 1)) as envs:
-        kind = kind_of(envs.obs_space, envs.single_action_space)
+        kind = settings_of_kind(envs.obs_space, envs.single_action_space)
         spec = envs.spec
         own = TASKS.get(spec.name, {}) if str(spec.entry_point).startswith("gymnasium.") else {}
-        values = vars(Settings(env)) | KINDS[kind] | own | chosen
+        values = vars(Settings(env)) | kind | own | chosen
         # Numbers of numpy become Python's.
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
         settings = Settings(**values | {"hidden": tuple(values["hidden"])})
@@ -932,7 +923,7 @@ def legal_action(agent, obs):
 
 
 def train(env=Settings.env, **chosen):
-    """Train from Python. Return the agent, and a list with the record of each iteration."""
+    """Train from Python. Return the agent and a list of records, one an iteration."""
     agent = new_agent(env, **chosen)
     with closing(make_envs(env, agent.settings.num_envs)) as envs:
         return agent, list(learn(agent, envs))
@@ -947,7 +938,7 @@ def train_and_print(agent, args):
         log = open(args.log or os.devnull, "w")
     flags = []
     for name, value in vars(settings).items():
-        if hasattr(args, name) or value != getattr(Settings, name):
+        if name == "env" or hasattr(args, name) or value != getattr(Settings, name):
             flags += ["--" + name.replace("_", "-"), *np.ravel(value)]
     print("python ppo.py", *flags)  # repeats the run
     history = []
@@ -1104,14 +1095,14 @@ def load(path, **chosen):
 
 def run(argv):
     """Train and evaluate, or only evaluate, as the arguments say."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.epilog = "The defaults depend on the task. A run prints what it uses."
+    epilog = "The defaults depend on the task. A run prints what it uses."
+    parser = argparse.ArgumentParser(epilog=epilog)
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
     parser.add_argument("--save", help="file to keep the policy in")
     parser.add_argument("--load", help="policy file to start from")
     parser.add_argument("--play", help="policy file to evaluate, without training")
     parser.add_argument("--log", help="CSV file with a row for each iteration")
-    parser.add_argument("--render", action="store_true", help="evaluate five episodes in a window")
+    parser.add_argument("--render", action="store_true", help="evaluate in a window")
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
         options = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
@@ -1120,9 +1111,9 @@ def run(argv):
     args = parser.parse_args(argv)
     chosen = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
 
-    for path in (args.save, args.load):
-        if path and args.log and os.path.realpath(path) == os.path.realpath(args.log):
-            raise UsageError("--log needs a file of its own")
+    policies = [os.path.realpath(path) for path in (args.save, args.load) if path]
+    if args.log and os.path.realpath(args.log) in policies:
+        raise UsageError("--log needs a file of its own")
     path = args.play or args.load
     agent = load(path, **chosen) if path else new_agent(**chosen)
     if args.render:

@@ -10,7 +10,7 @@
     uv run .ci/results.py path     the changes of "Learn PPO with this file"
 
 Runs are kept in tasks.jsonl, ladder.jsonl and try.jsonl, and are not repeated. To measure again,
-delete their lines, or keep them in another file: --keep FILE.
+delete their lines, or use another file: --keep FILE.
 """
 
 import argparse
@@ -40,6 +40,7 @@ TASKS = [  # name, million steps, number of seeds from 300, RL Zoo and CleanRL (
     ("Taxi-v4", 0.5, 10, "-", "-"),
     ("CliffWalking-v1", 0.1, 10, "-", "-"),
     ("CliffWalkingSlippery-v1", 0.2, 10, "-", "-"),
+    ("LunarLander-v3", 0.1, 5, "-", "-"),
     ("LunarLander-v3", 0.5, 5, "242 (1M)", "-"),
     ("LunarLanderContinuous-v3", 0.5, 5, "271 (1M)", "-"),
     ("BipedalWalker-v3", 1, 5, "288 (5M)", "-"),
@@ -285,7 +286,7 @@ if __name__ == "__main__":
     commands = {"tasks": tasks, "ladder": ladder, "try": effects, "path": effects}
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=commands)
-    parser.add_argument("--keep", type=Path, help="file of kept runs")
+    parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
     file = "try" if args.what == "path" else args.what
     args.keep = args.keep or HERE / f"{file}.jsonl"
