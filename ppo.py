@@ -766,14 +766,13 @@ def report(agent, inputs, actions, log_prob_old, advantages, returns):
     policy, _ = policy_forward(agent.actor, inputs)  # θ is now θ_{k+1}
     log_prob, _ = policy.log_prob(actions)
     entropy, _ = policy.entropy()
-    kl, _ = kl_divergence(log_prob, log_prob_old)
-    ratio = np.exp(log_prob - log_prob_old)
+    kl, ratio_minus_1 = kl_divergence(log_prob, log_prob_old)
     for numbers in (agent.theta, agent.phi, agent.obs_std, kl):
         if not np.isfinite(numbers).all():
             raise FloatingPointError("diverged: try a smaller lr")
     return {
         "kl": float(kl.mean()),
-        "clipped": float((abs(ratio - 1) > agent.settings.clip).mean()),
+        "clipped": float((abs(ratio_minus_1) > agent.settings.clip).mean()),
         "entropy": float(entropy.mean()),
         "explained": float(1 - advantages.var() / (returns.var() + 1e-8)),  # Â = R̂ - V
     }
@@ -800,10 +799,10 @@ class UsageError(ValueError):
 
 
 def is_of_user(error):
-    """Return whether code of others than ppo.py, Gymnasium and numpy took part."""
+    """Return whether code other than ppo.py's and its libraries' took part in an error."""
     error = error.__context__ or error  # Gymnasium raises some anew
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    modules = {frame.f_globals.get("__name__", "").split(".")[0] for frame in frames}
+    trace = traceback.walk_tb(error.__traceback__)
+    modules = {frame.f_globals["__name__"].split(".")[0] for frame, _ in trace}
     return not modules <= {__name__, "contextlib", "gymnasium", "importlib", "numpy"}
 
 
@@ -1124,8 +1123,8 @@ def run(argv):
     episodes = chosen.get("eval_episodes", 5 if args.render else None)
     returns = evaluate(agent, episodes, args.render)
     numbers = [four_digits(of(returns)) for of in (np.mean, np.std, np.min, np.max)]
-    summary = "mean {}, std {}, min {}, max {}".format(*numbers)
-    print(f"greedy evaluation over {len(returns)} episodes: {summary}", flush=True)
+    line = "greedy evaluation over {} episodes: mean {}, std {}, min {}, max {}"
+    print(line.format(len(returns), *numbers), flush=True)
 
 
 def main(argv=None):

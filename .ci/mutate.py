@@ -47,7 +47,7 @@ EXPLAINED = {
     "observe: _.settings.normalize_steps == 0 -> False": "normalize uses nothing of it then.",
     "observe: return -> pass": "Likewise.",
     "observe: abs(_ - _.obs_mean) > 10 * _.obs_std -> abs(_ - _.obs_mean) >=": "Never equal.",
-    "report: abs(_ - 1) > _.settings.clip -> abs(_ - 1) >=": "Never equal.",
+    "report: abs(_) > _.settings.clip -> abs(_) >=": "Never equal.",
 }
 
 # Operators (as ast names them) and functions that take each other's place.
