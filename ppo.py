@@ -665,6 +665,7 @@ def learn(agent, envs):
 def fisher_product(kl, theta, v, damping=0.1):
     """Return F v (P,): how ∇KL changes along v (P,). Adding damping v helps if F is singular."""
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
+    # hv has the length 2 ∛eps: a shorter one drowns in rounding, a longer one is not local.
     h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
     _, gradient_ahead = kl(theta + h * v)
     _, gradient_behind = kl(theta - h * v)
@@ -672,7 +673,10 @@ def fisher_product(kl, theta, v, damping=0.1):
 
 
 def conjugate_gradients(product, g, iterations=10):
-    """Return x (P,) with F x ≈ g (P,), for product(v) = F v (Hestenes & Stiefel 1952)."""
+    """Return x (P,) with F x ≈ g (P,), given only product(v) = F v (Hestenes & Stiefel 1952).
+
+    The directions are chosen so that no step undoes an earlier one.
+    """
     x = np.zeros_like(g)
     residual = g
     direction = g
@@ -1024,12 +1028,11 @@ def evaluate(agent, episodes=None, render=False, max_steps=100_000):
     num_envs = 1 if render else min(episodes, settings.num_envs, 10)
     rng = np.random.default_rng([settings.seed, 1])
     returns = []
-    is_playing = np.zeros(num_envs, bool)
     with closing(make_envs(settings.env, num_envs, render)) as envs:
-        while len(returns) < episodes and not is_playing.any():
+        while len(returns) < episodes:
             obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
             totals = np.zeros(num_envs)
-            is_playing[:] = True
+            is_playing = np.ones(num_envs, bool)
             for _ in range(max_steps):
                 obs, rewards, terminated, truncated, _ = envs.step(agent.policy(obs).mode())
                 totals[is_playing] += rewards[is_playing]
@@ -1037,8 +1040,9 @@ def evaluate(agent, episodes=None, render=False, max_steps=100_000):
                 if not is_playing.any():
                     break
             returns.extend(totals)
-    if is_playing.any():
-        print(f"the last episodes were cut off after {max_steps:,} steps")
+            if is_playing.any():
+                print(f"the last episodes were cut off after {max_steps:,} steps")
+                break
     return np.array(returns[:episodes])
 
 
