@@ -62,11 +62,10 @@ def flatten(arrays):
 def unflatten(vector, shapes):
     """Cut the vector (P,) into views of these shapes: arrays that change when it does."""
     arrays = []
-    start = 0
     for shape in shapes:
-        end = start + math.prod(shape)
-        arrays.append(vector[start:end].reshape(shape))
-        start = end
+        size = math.prod(shape)
+        arrays.append(vector[:size].reshape(shape))
+        vector = vector[size:]
     return arrays
 
 
@@ -270,16 +269,14 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     # Eq. 7, 8   A = Q - V; with this one-step Q it is the TD error δ_t
     deltas = q_values - values[:-1]
     ended = np.logical_or(terminated, truncated)
-    advantages = np.empty_like(deltas)
-    next_advantage = np.zeros_like(deltas[0])
+    advantages = np.zeros(values.shape, deltas.dtype)  # the last row stays 0
     for t in reversed(range(len(rewards))):
         # After either ending, no later step belongs to this episode.
-        next_advantage = np.where(ended[t], 0, next_advantage)
+        next_advantage = np.where(ended[t], 0, advantages[t + 1])
         # Eq. 5   With λ = 1, up to a true end, Â_t + V(s_t) = R_t = r_t + γ R_{t+1}.
         # Eq. 9   Â_t = δ_t + γλ Â_{t+1}
         advantages[t] = deltas[t] + gamma * lam * next_advantage
-        next_advantage = advantages[t]
-    return advantages
+    return advantages[:-1]
 
 
 # §5  Objectives ----------
@@ -494,7 +491,7 @@ class Agent:
         self.obs_mean = np.zeros(obs_dim)
         self.obs_std = np.ones(obs_dim)
         self.obs_moments = np.zeros((3, obs_dim))  # mean, variance, number (§10)
-        self.return_moments = np.array([0, 1, 1e-4])
+        self.return_moments = np.array([0, 1, 1e-4])  # almost no weight
         self.actor_adam = Adam(self.theta)
         self.critic_adam = Adam(self.phi)
         self.beta = 1.0
@@ -727,8 +724,7 @@ def trpo(theta, shapes, objective, ent_coef, data, delta):
 
 # §10  Statistics ----------
 # Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...)
-# are the mean, the variance and the number of what was seen. return_moments starts with a
-# variance of 1 that has almost no weight.
+# are the mean, the variance and the number of what was seen.
 
 
 def update_moments(moments, rows):
@@ -908,7 +904,7 @@ def legal_actions(space, actions):
     low = np.where(is_bounded, space.low, -1.0)
     high = np.where(is_bounded, space.high, 1.0)
     actions = (high + low) / 2 + (high - low) / 2 * actions.reshape(-1, *space.shape)
-    if not np.issubdtype(space.dtype, np.floating):
+    if space.dtype.kind != "f":
         actions = np.rint(actions)
     return actions.clip(space.low, space.high).astype(space.dtype)
 
@@ -946,10 +942,24 @@ def train_and_print(agent, args):
     print("python ppo.py", *flags)  # repeats the run
     history = []
     num_rows = 0
+    steps = 0
+    shown = 0
     start = time.monotonic()
+
+    def live_line(actions):
+        nonlocal steps, shown
+        steps += len(actions)
+        seconds = time.monotonic() - start
+        if seconds > shown + 0.5:
+            shown = seconds
+            left = (settings.total_steps / steps - 1) * seconds
+            line = f"{steps:,} steps, {steps / seconds:,.0f} steps/s, {left:,.0f} s left"
+            print(f"{line:<60}", end="\r", flush=True)
+        return actions
+
     with log, closing(make_envs(settings.env, settings.num_envs)) as envs:
         if sys.stdout.isatty():
-            envs = TransformAction(envs, live_line(settings.total_steps))
+            envs = TransformAction(envs, live_line)
         try:
             for record in learn(agent, envs):
                 if not history:
@@ -968,26 +978,6 @@ def train_and_print(agent, args):
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
     if args.save:
         print(f"saved; to watch it: python ppo.py --play {args.save} --render")
-
-
-def live_line(total_steps):
-    """Return a function that passes actions on, and shows how far a run has come."""
-    start = time.monotonic()
-    steps = 0
-    shown = 0
-
-    def show(actions):
-        nonlocal steps, shown
-        steps += len(actions)
-        seconds = time.monotonic() - start
-        if seconds > shown + 0.5:
-            shown = seconds
-            left = (total_steps / steps - 1) * seconds
-            line = f"{steps:,} steps, {steps / seconds:,.0f} steps/s, {left:,.0f} s left"
-            print(f"{line:<60}", end="\r", flush=True)
-        return actions
-
-    return show
 
 
 ROW = "{:>10}{:>10}{:>12}" + "{:>11}" * 4
@@ -1024,7 +1014,7 @@ def evaluate(agent, episodes=None, render=False, max_steps=100_000):
     short ones. The first round in which one is cut off, at max_steps, is the last.
     """
     settings = agent.settings
-    episodes = episodes or settings.eval_episodes
+    episodes = episodes or (5 if render else settings.eval_episodes)
     num_envs = 1 if render else min(episodes, settings.num_envs, 10)
     rng = np.random.default_rng([settings.seed, 1])
     returns = []
@@ -1101,16 +1091,17 @@ def run(argv):
     epilog = "The defaults depend on the task. A run prints what it uses."
     parser = argparse.ArgumentParser(epilog=epilog)
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
-    parser.add_argument("--save", help="file to keep the policy in")
-    parser.add_argument("--load", help="policy file to start from")
-    parser.add_argument("--play", help="policy file to evaluate, without training")
-    parser.add_argument("--log", help="CSV file with a row for each iteration")
-    parser.add_argument("--render", action="store_true", help="evaluate in a window")
+    add = parser.add_argument
+    add("--save", help="file to keep the policy in")
+    add("--load", help="policy file to start from")
+    add("--play", help="policy file to evaluate, without training")
+    add("--log", help="CSV file with a row for each iteration")
+    add("--render", action="store_true", help="evaluate in a window")
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
         options = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
         text = f"{f.metadata['help']}; default {f.default}"
-        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=text, **options)
+        add(flag, default=argparse.SUPPRESS, metavar="X", help=text, **options)
     args = parser.parse_args(argv)
     chosen = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
 
@@ -1124,15 +1115,14 @@ def run(argv):
             envs.reset(seed=0)  # if it fails, it fails now
     if not args.play:
         train_and_print(agent, args)
-    episodes = chosen.get("eval_episodes", 5 if args.render else None)
-    returns = evaluate(agent, episodes, args.render)
+    returns = evaluate(agent, chosen.get("eval_episodes"), args.render)
     numbers = [four_digits(of(returns)) for of in (np.mean, np.std, np.min, np.max)]
     line = "greedy evaluation over {} episodes: mean {}, std {}, min {}, max {}"
     print(line.format(len(returns), *numbers), flush=True)
 
 
 def main(argv=None):
-    """Run the command line. Return 0, 2 for a mistake of the user, or 130 after Ctrl-C."""
+    """Run the command line. Return its exit status: 2 for mistakes, 130 after Ctrl-C."""
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
     try:
         with np.errstate(all="ignore"):  # learn looks for numbers that are not finite
