@@ -689,7 +689,7 @@ def conjugate_gradients(product, g, iterations=10):
     return x
 
 
-def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
+def trust_region_step(theta, surrogate, kl, delta):
     """Move theta (P,) in place so that the surrogate loss falls and kl is at most delta.
 
     If no such step is found, theta stays.
@@ -698,7 +698,7 @@ def trust_region_step(theta, surrogate, kl, delta, damping=0.1):
     if gradient @ gradient == 0:
         return
     g = -gradient  # surrogate is a loss
-    x = conjugate_gradients(lambda v: fisher_product(kl, theta, v, damping), g)
+    x = conjugate_gradients(lambda v: fisher_product(kl, theta, v), g)
     # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g, so xᵀFx = xᵀg
     step = float(np.sqrt(2 * delta / (x @ g))) * x
     for _ in range(10):  # Δ is right only near θ_k: halve it until both conditions hold
