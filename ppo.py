@@ -14,7 +14,7 @@ The algorithm (Eq. 19)                                         where
     repeat until all steps are used up                         §8
         play T steps in N environments with the policy π_θ     §3
         judge: advantages Â by GAE, and returns R̂ = Â + V_φ    §4, §8
-        learn, K passes for either, in minibatches of B rows:
+        learn: K passes for θ, then K for φ, B rows at a time
             move θ against the gradient of the actor's loss    §5, §6, §7
             move φ against the gradient of the critic's loss   §6, §7
 
@@ -40,16 +40,17 @@ import math
 import sys
 import time
 import traceback
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from functools import partial
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Box, Discrete, flatdim
 from gymnasium.wrappers.utils import update_mean_var_count_from_moments
 from gymnasium.wrappers.vector import FlattenObservation, TransformAction, TransformObservation
 
-# §1  Networks ----------
+# §1  Networks
 # Actor and critic are networks of layers x W + b, with tanh between them. A network is a
 # list of arrays [W1, b1, W2, b2, ...]. Adam (§7) and TRPO (§9) see it as one long vector.
 
@@ -97,7 +98,7 @@ def mlp_forward(params, inputs):
         if layer > 0:
             x = np.tanh(x)
         cache.append(x)
-        x = x.dot(W) + b  # .dot is twice as fast as @ for a narrow W
+        x = x.dot(W) + b  # .dot is faster than @ for small arrays
     return x, cache
 
 
@@ -118,10 +119,10 @@ def mlp_backward(params, cache, d_outputs):
     return grads
 
 
-# §2  Policies ----------
+# §2  Policies
 # A policy is a distribution over actions for each state of a batch. log_prob and entropy
 # return a number for each state (B,), and a list of its gradients, with a row for each
-# state: [by the logits], or [by the mean, by log_std].
+# state: [∂/∂logits], or [∂/∂mean, ∂/∂log_std].
 
 
 def log_softmax(logits):
@@ -164,8 +165,8 @@ class Categorical:
         probs = np.exp(log_probs)
         # Eq. 17   H = -Σ π log π
         entropy = -(probs * log_probs).sum(axis=-1)
-        # Eq. 3   ∂π_a/∂logits = π_a (onehot(a) - π), which sums to 0 over a. So
-        #         ∂H/∂logits = -Σ_a log π_a π_a (onehot(a) - π) = -π (log π + H)
+        # Eq. 3   ∂π_a/∂logits = π_a (onehot(a) - π) sums to 0 over a: the 1 drops out.
+        #         ∂H/∂logits = -Σ_a (log π_a + 1) ∂π_a/∂logits = -π (log π + H)
         grad_logits = -probs * (log_probs + entropy[:, None])
         return entropy, [grad_logits]
 
@@ -215,15 +216,15 @@ def policy_forward(actor, inputs):
     return Categorical(outputs), cache
 
 
-# §3  Trajectory ----------
+# §3  Trajectory
 
 
 def rollout(envs, act, obs, num_steps):
     """Play num_steps steps in N environments. act maps observations to actions (N, ...).
 
     envs is a Gymnasium vector environment, obs (N, obs_dim) its last observation. Returns
-    observations (T+1, N, obs_dim), actions (T, N, ...), rewards, terminated and truncated
-    (T, N), in float32 (observations in float64 if obs is).
+    observations (T+1, N, obs_dim), actions (T, N, ...), rewards (in float32), terminated and
+    truncated (T, N). Observations are in float32, or in float64 if obs is.
 
     An episode is terminated at a true end, truncated at a time limit. The step after
     either only resets (Gymnasium's NEXT_STEP): learn (§8) leaves out its row.
@@ -249,7 +250,7 @@ def rollout(envs, act, obs, num_steps):
     return observations, np.stack(actions), rewards, terminated, truncated
 
 
-# §4  Advantage ----------
+# §4  Advantage
 # How much better was the action than the critic expected in that state?
 
 
@@ -273,16 +274,16 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     for t in reversed(range(len(rewards))):
         # After either ending, no later step belongs to this episode.
         next_advantage = np.where(ended[t], 0, advantages[t + 1])
-        # Eq. 5   With λ = 1, up to a true end, Â_t + V(s_t) = R_t = r_t + γ R_{t+1}.
+        # Eq. 5   If λ = 1 and a true end follows, Â_t + V(s_t) = R_t = r_t + γ R_{t+1}.
         # Eq. 9   Â_t = δ_t + γλ Â_{t+1}
         advantages[t] = deltas[t] + gamma * lam * next_advantage
     return advantages[:-1]
 
 
-# §5  Objectives ----------
-# Each takes log_prob, log_prob_old and advantages (B,), needed or not. It returns two arrays
-# (B,): a loss, whose mean is minimised, and its slope ∂loss/∂log π. At θ_k, where ρ = 1, all
-# objectives have the slope -Â.
+# §5  Objectives
+# Each loss takes log_prob, log_prob_old and advantages (B,), and returns two arrays (B,): the
+# loss, whose mean is minimised, and its slope ∂loss/∂log π. At θ_k, where ρ = 1, the slope is
+# -Â (of KL it is 0).
 
 
 def policy_gradient(log_prob, log_prob_old, advantages):
@@ -354,7 +355,7 @@ def clip(log_prob, log_prob_old, advantages, epsilon):
     return loss, slope
 
 
-# §6  Losses ----------
+# §6  Losses
 # The chain rule: slope (§5) times ∂log π/∂outputs (§2), sent back through the layers (§1).
 
 
@@ -395,7 +396,7 @@ def critic_loss(critic, inputs, returns):
     return error @ error / len(inputs), flatten(mlp_backward(critic, cache, d_outputs))
 
 
-# §7  Adam ----------
+# §7  Adam
 
 
 def clip_by_global_norm(gradient, max_norm):
@@ -418,7 +419,7 @@ class Adam:
         self.t = 0
 
     def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
-        """Move theta against the gradient (P,): each number by about lr. eps avoids 0 / 0."""
+        """Move theta against the gradient (P,): each number by up to about lr."""
         assert gradient.shape == self.theta.shape
         self.t += 1
         # m and v are running means of g and g²:   m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
@@ -431,7 +432,7 @@ class Adam:
         self.theta -= lr * m_hat / (np.sqrt(v_hat) + eps)
 
 
-# §8  PPO ----------
+# §8  PPO
 
 
 def setting(default, help):
@@ -473,14 +474,14 @@ class Agent:
         self.rng = np.random.default_rng(settings.seed)
         self.obs_space = envs.obs_space  # not flattened (make_envs, §11)
         self.action_space = envs.single_action_space
-        obs_dim = gym.spaces.flatdim(self.obs_space)
-        act_dim = gym.spaces.flatdim(self.action_space)
+        obs_dim = flatdim(self.obs_space)
+        act_dim = flatdim(self.action_space)
 
         # The small gain makes π about the same in all states at first.
         actor = init_mlp([obs_dim, *settings.hidden, act_dim], self.rng, out_gain=0.01)
-        if isinstance(self.action_space, gym.spaces.Box):
+        if isinstance(self.action_space, Box):
             actor.append(np.full(act_dim, settings.log_std_init, np.float32))
-        # Without hidden layers V is a table (§11), and starts at 0.
+        # Without hidden layers, as for a table (§11), V starts at 0.
         gain = 1.0 if settings.hidden else 0.0
         critic = init_mlp([obs_dim, *settings.hidden, 1], self.rng, gain)
 
@@ -507,7 +508,7 @@ class Agent:
         return unflatten(self.phi, self.critic_shapes)
 
     def normalize(self, obs):
-        """Return observations (..., obs_dim) with mean 0 and deviation 1, within ±10 (§10)."""
+        """Return observations (..., obs_dim), shifted, scaled and clipped to ±10 (§10)."""
         if self.settings.normalize_steps == 0:
             return obs.astype(np.float32)
         return ((obs - self.obs_mean) / self.obs_std).clip(-10, 10).astype(np.float32)
@@ -552,7 +553,7 @@ def update(agent, inputs, actions, advantages, returns, remaining):
         "clip": partial(clip, epsilon=settings.clip),
     }[settings.objective]
 
-    # Eq. 6: the mean is a baseline, too. Dividing (not in the lectures) fixes the scale.
+    # Eq. 6: the mean is a baseline, too. Dividing (not in the lectures) makes the scale 1.
     normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy_old, _ = policy_forward(actor, inputs)  # θ is still θ_k
     log_prob_old, _ = policy_old.log_prob(actions)
@@ -582,11 +583,11 @@ def update(agent, inputs, actions, advantages, returns, remaining):
 def sums_so_far(rewards, ended, gamma, before):
     """Return the sum of each episode's rewards so far (T, N), and the last sums (N,).
 
-    gamma discounts older rewards. before are the last sums of the rollout before, or 0.
+    gamma discounts older rewards. before (N,) is what the previous rollout returned, or 0.
     """
     sums = np.empty(rewards.shape)
     for t in range(len(rewards)):
-        # g_t = r_t + γ g_{t-1}: gae in the other direction
+        # g_t = r_t + γ g_{t-1}: Eq. 5, but looking back
         sums[t] = rewards[t] + gamma * before
         before = np.where(ended[t], 0, sums[t])
     return sums, before
@@ -598,7 +599,7 @@ def learn(agent, envs):
     envs come from make_envs (§11). Raises FloatingPointError if a number is not finite.
     """
     settings = agent.settings
-    actor = agent.actor  # cut once: at each step it would cost 4 %
+    actor = agent.actor  # cut once, not at each step
 
     def sample(obs):
         policy, _ = policy_forward(actor, agent.normalize(obs))
@@ -652,11 +653,11 @@ def learn(agent, envs):
 
 # To learn PPO, a student may stop here. TRPO follows, then what the lectures leave out.
 
-# §9  TRPO ----------
+# §9  TRPO
 # TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
 # takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ
-# with the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate, a loss, and kl are functions of
-# theta that return (mean, gradient).
+# with the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate (a loss) and kl are functions
+# of theta that return (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
@@ -722,7 +723,7 @@ def trpo(theta, shapes, objective, ent_coef, data, delta):
     trust_region_step(theta, surrogate, kl, delta)
 
 
-# §10  Statistics ----------
+# §10  Statistics
 # Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...)
 # are the mean, the variance and the number of what was seen.
 
@@ -747,8 +748,8 @@ def scale_rewards(agent, rewards, ended, is_transition, before):
 def observe(agent, obs):
     """Update the statistics from observations (B, obs_dim); the next rollout uses them.
 
-    All components follow until normalize_steps steps are counted. After that a component
-    follows only if over 1 % of its values left ±10, because the clip would hide them.
+    A component's mean and std are renewed until normalize_steps steps are counted. After
+    that they are renewed only if the clip to ±10 hid over 1 % of its values.
     """
     if agent.settings.normalize_steps == 0:
         return
@@ -778,7 +779,7 @@ def report(agent, inputs, actions, log_prob_old, advantages, returns):
     }
 
 
-# §11  Tasks ----------
+# §11  Tasks
 # Settings that differ from the defaults: first by the kind of task, then by the task.
 
 CONTINUOUS = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
@@ -803,16 +804,16 @@ def is_of_user(error):
     error = error.__context__ or error  # Gymnasium raises some anew
     trace = traceback.walk_tb(error.__traceback__)
     modules = {frame.f_globals["__name__"].split(".")[0] for frame, _ in trace}
-    return not modules <= {__name__, "contextlib", "gymnasium", "importlib", "numpy"}
+    return not modules <= {__name__, "gymnasium", "importlib", "numpy", "zipfile"}
 
 
 def settings_of_kind(obs_space, action_space):
     """Return the settings for tasks with these spaces."""
-    is_numbered = isinstance(obs_space, gym.spaces.Discrete)
-    if isinstance(action_space, gym.spaces.Discrete):
+    is_numbered = isinstance(obs_space, Discrete)
+    if isinstance(action_space, Discrete):
         # Without hidden layers W is a table: a row of logits, or a value, for each state.
         return dict(TABLE, hidden=(), normalize_steps=0) if is_numbered else dict()
-    if gym.spaces.flatdim(action_space) == 1 and not is_numbered:
+    if flatdim(action_space) == 1 and not is_numbered:
         return dict(CONTINUOUS, log_std_init=0.8, epochs=8)
     return dict(CONTINUOUS, log_std_init=-0.5)
 
@@ -847,7 +848,7 @@ def new_agent(env=Settings.env, **chosen):
 
 
 class WithoutInfo(gym.Wrapper):
-    """Drops info: nobody reads it here, and Gymnasium cannot stack every kind of it."""
+    """Drops info, because Gymnasium cannot stack every kind of it."""
 
     def reset(self, **options):
         return self.env.reset(**options)[0], {}
@@ -868,7 +869,7 @@ def make_envs(env, num_envs, render=False):
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
     problem = ""
-    if not isinstance(action_space, gym.spaces.Discrete | gym.spaces.Box):
+    if not isinstance(action_space, Discrete | Box):
         problem = f"actions must be Discrete or Box, not {action_space}"
     elif not obs_space.is_np_flattenable:
         problem = f"observations must have a fixed size, not {obs_space}"
@@ -881,10 +882,10 @@ def make_envs(env, num_envs, render=False):
         raise UsageError(f"{env}: {problem:.150}")
     if isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
         envs.unwrapped.envs = [WithoutInfo(one) for one in envs.unwrapped.envs]
-    if isinstance(obs_space, gym.spaces.Discrete):
+    if isinstance(obs_space, Discrete):
         states = obs_space.start + np.arange(obs_space.n)
         envs = TransformObservation(envs, lambda obs: (obs[:, None] == states).astype(np.float32))
-    elif obs_space.shape != (gym.spaces.flatdim(obs_space),):
+    elif obs_space.shape != (flatdim(obs_space),):
         envs = FlattenObservation(envs)
     envs = TransformAction(envs, partial(legal_actions, action_space))
     envs.obs_space = obs_space  # of one environment, before it was flattened
@@ -896,7 +897,7 @@ def legal_actions(space, actions):
 
     In a Box, -1 ... 1 is mapped onto low ... high where these are finite; all are clipped.
     """
-    if isinstance(space, gym.spaces.Discrete):
+    if isinstance(space, Discrete):
         return (space.start + actions).astype(space.dtype)
     # A wider Box is meant to have no bounds, and float64 would round its integers.
     is_narrow = space.high.astype(float) - space.low < 2**53
@@ -918,7 +919,7 @@ def legal_action(agent, obs):
     return legal_actions(agent.action_space, policy.mode())[0]
 
 
-# §12  The program ----------
+# §12  The program
 
 
 def train(env=Settings.env, **chosen):
@@ -933,8 +934,7 @@ def train_and_print(agent, args):
     settings = agent.settings
     if args.save:
         save(args.save, agent)  # if it fails, it fails now
-    with file_errors(args.log):
-        log = open(args.log or os.devnull, "w")
+    log = open(args.log or os.devnull, "w")
     flags = []
     for name, value in vars(settings).items():
         if name == "env" or hasattr(args, name) or value != getattr(Settings, name):
@@ -1036,16 +1036,6 @@ def evaluate(agent, episodes=None, render=False, max_steps=100_000):
     return np.array(returns[:episodes])
 
 
-@contextmanager
-def file_errors(path):
-    """Raise what goes wrong with a file as a UsageError."""
-    try:
-        yield
-    except Exception as error:  # there are many ways in which a file can be broken
-        broken = "no whole policy file of this version of ppo.py"
-        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or broken}") from error
-
-
 def arrays_of(agent):
     """Return all that an agent has learned: its arrays, by name."""
     return {name: x for name, x in vars(agent).items() if isinstance(x, np.ndarray)}
@@ -1056,14 +1046,13 @@ def save(path, agent):
     settings = json.dumps(vars(agent.settings))
     state = json.dumps(agent.rng.bit_generator.state)
     temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
-    with file_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, settings=settings, rng=state, **arrays_of(agent))
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, settings=settings, rng=state, **arrays_of(agent))
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def load(path, **chosen):
@@ -1071,15 +1060,20 @@ def load(path, **chosen):
 
     Its random numbers go on, unless a seed is chosen. Its optimisers and β start afresh.
     """
-    with file_errors(path), np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
         settings = Settings(**json.loads(str(arrays.pop("settings"))))
         state = json.loads(str(arrays.pop("rng")))
         assert all(np.isfinite(array).all() for array in arrays.values())
+    except OSError:
+        raise
+    except Exception as error:  # there are many ways in which a file can be broken
+        raise UsageError(f"{path} is no policy file of this version of ppo.py") from error
     agent = new_agent(**vars(settings) | chosen)
     for name, array in arrays_of(agent).items():
         if np.shape(arrays.get(name)) != array.shape:
-            raise UsageError(f"{path} is of {settings.env}, hidden {settings.hidden}: does not fit")
+            raise UsageError(f"{path} ({settings.env}, hidden {settings.hidden}) does not fit")
         array[:] = arrays[name]
     if "seed" not in chosen:
         agent.rng.bit_generator.state = state
@@ -1087,7 +1081,7 @@ def load(path, **chosen):
 
 
 def run(argv):
-    """Train and evaluate, or only evaluate, as the arguments say."""
+    """Do what the arguments say."""
     epilog = "The defaults depend on the task. A run prints what it uses."
     parser = argparse.ArgumentParser(epilog=epilog)
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
@@ -1133,7 +1127,13 @@ def main(argv=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 1
-    except (UsageError, gym.error.DependencyNotInstalled, FloatingPointError, MemoryError) as error:
+    except (
+        UsageError,
+        gym.error.DependencyNotInstalled,
+        FloatingPointError,
+        MemoryError,
+        OSError,
+    ) as error:
         if not isinstance(error, UsageError) and is_of_user(error):
             raise
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)

@@ -1171,17 +1171,19 @@ def test_a_warm_start_learns_on():
     assert ppo.load("p.npz").rng.random() == trained.rng.random()
 
 
-def test_a_full_disk_leaves_the_earlier_file(run, monkeypatch):
-    """A save that fails half-way is reported in one line."""
+def test_a_full_disk_leaves_the_earlier_file(monkeypatch):
+    """What was half written is removed. Another process writes a file of its own."""
 
     def fail(file, **arrays):
-        assert str(os.getpid()) in file.name  # so that another process has its own
+        assert str(os.getpid()) in file.name
         file.write(b"half")
-        raise OSError(28, "No space left on device")
+        raise OSError("No space left on device")
 
-    ppo.save("p.npz", ppo.new_agent())
+    agent = ppo.new_agent()
+    ppo.save("p.npz", agent)
     monkeypatch.setattr(np, "savez", fail)
-    assert "No space left on device" in run("--save p.npz", status=2)
+    with pytest.raises(OSError, match="No space"):
+        ppo.save("p.npz", agent)
     assert os.listdir() == ["p.npz"]
     ppo.load("p.npz")
 
