@@ -684,7 +684,7 @@ def conjugate_gradients(product, g, iterations=10):
         step_size = residual_squared / (direction @ F_direction)
         x = x + step_size * direction
         residual = residual - step_size * F_direction
-        if residual @ residual < 1e-10 * (g @ g):
+        if residual @ residual <= 1e-10 * (g @ g):
             break
         direction = residual + (residual @ residual / residual_squared) * direction
     return x
@@ -932,12 +932,13 @@ def train(env=Settings.env, **chosen):
 def train_and_print(agent, args):
     """Train, print about twenty rows and the curve, save after each iteration."""
     settings = agent.settings
-    if args.save:
+    if args.save and not os.path.isfile(args.save):
         save(args.save, agent)  # if it fails, it fails now
     log = open(args.log or os.devnull, "w")
-    flags = []
+    flags = ["--load", args.load] if args.load else []
     for name, value in vars(settings).items():
-        if name == "env" or hasattr(args, name) or value != getattr(Settings, name):
+        is_usual = name != "env" and value == getattr(Settings, name)
+        if hasattr(args, name) or not (is_usual or args.load):
             flags += ["--" + name.replace("_", "-"), *np.ravel(value)]
     print("python ppo.py", *flags)  # repeats the run
     history = []
@@ -973,6 +974,8 @@ def train_and_print(agent, args):
                 if args.save:
                     save(args.save, agent)
         finally:
+            if shown:
+                print(" " * 60, end="\r")  # instead of the live line
             print_curve(history)
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
@@ -985,7 +988,7 @@ ROW = "{:>10}{:>10}{:>12}" + "{:>11}" * 4
 
 def four_digits(number):
     """Return a number as text, with four significant digits."""
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e8 else f"{number:.4g}"
 
 
 def print_curve(history):
@@ -1124,9 +1127,6 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
-        return 1
     except (
         UsageError,
         gym.error.DependencyNotInstalled,
@@ -1136,6 +1136,9 @@ def main(argv=None):
     ) as error:
         if not isinstance(error, UsageError) and is_of_user(error):
             raise
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            return 1
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

@@ -654,7 +654,7 @@ def test_clip_by_global_norm():
 
 
 def test_adam():
-    """Three steps, as the paper writes them, for gradients of ordinary size and tiny ones."""
+    """Three steps as the paper writes them, for ordinary and tiny gradients."""
     theta = np.array([7.0, 7.0])
     wanted = theta.copy()
     adam = ppo.Adam(theta)
@@ -714,8 +714,8 @@ COEFFICIENTS = ["lr", "gamma", "lam", "clip", "kl_target", "max_grad_norm"]
 @pytest.mark.parametrize("objective", ["pg", "is", "trpo", "kl", "clip"])
 @both_spaces
 def test_each_definition_runs_alone_and_keeps_float32(space, objective, monkeypatch):
-    """Each definition of §1-§7 and §9, pasted with those that it names, carries learn in float32,
-    with np.float64 as coefficients. Nothing overflows, for constant, tiny or huge rewards."""
+    """Definitions of §1-§7 and §9, pasted with what they name, carry learn in float32, with
+    np.float64 as coefficients. Nothing overflows, for constant, tiny or huge rewards."""
     pasted = {"np": np, "math": math}
     watched = []
     for node in DEFINITIONS:
@@ -767,8 +767,8 @@ def test_fit_shows_every_row_once_an_epoch():
 
 
 def test_statistics_of_observations(rng):
-    """After normalize_steps steps a component keeps them, unless more than 1 % of the rows leave
-    ten deviations. Then it gets those of all that was seen."""
+    """After normalize_steps steps a component keeps them, unless more than 1 % of it leaves ±10.
+    Then it gets those of all that was seen."""
     early = rng.normal([1e8, -30], [2, 1], (1000, 2))  # float32 has steps of 8 near 1e8
     mean = early.mean(axis=0)
     std = early.std(axis=0)
@@ -886,7 +886,7 @@ def test_every_transition_is_learned_from_once(num_steps, monkeypatch):
     ppo.train(env, total_steps=300, **chosen)
     learned = []
     for _, inputs, actions, *_ in calls:
-        assert len(actions) > 0  # some rollouts of one step consist of resets only
+        assert len(actions) > 0  # some rollouts of one step are resets only
         learned += np.hstack([inputs, (2 * actions).clip(-2, 2)]).tolist()
     played = [np.append(obs, action).tolist() for obs, action in Toy.transitions]
     assert sorted(learned) == sorted(played)
@@ -923,7 +923,7 @@ def test_spaces(observations, actions):
 
 
 def test_many_numbered_states_take_little_memory():
-    """20,000 of them do not take 20,000 × 20,000 numbers, which are 1.6 GB."""
+    """They do not take n × n numbers, here 1.6 GB."""
     tracemalloc.start()
     ppo.make_envs(toy(gym.spaces.Discrete(20_000)), 2).reset(seed=0)
     _, peak = tracemalloc.get_traced_memory()
@@ -965,7 +965,7 @@ LEGAL = [  # a space, what the policy wants, what the environment receives
     (gym.spaces.Box(LOW, HIGH), [0.5, -9, 9, -9], [0.25, 0, 9, -9]),
     (gym.spaces.Box(-5, 5, (3,), np.int64), [0.5, -0.5, 0.55], [2, -2, 3]),
     (gym.spaces.Box(-np.inf, np.inf, (2,), np.int32), [1, -1], [1, -1]),
-    # float64 rounds such limits: then the largest number would become the smallest
+    # float64 rounds these limits up: the largest would become the smallest
     (gym.spaces.Box(0, 2**63 - 1, (2,), np.int64), [1, -9], [1, 0]),
     (gym.spaces.Box(0, 2**64 - 1, (2,), np.uint64), [1, -9], [1, 0]),
 ]
@@ -976,7 +976,7 @@ def test_actions_are_legal(space, wanted, received):
     """-1 ... 1 becomes low ... high of a bounded component. All are clipped, integers rounded."""
     agent = ppo.new_agent(toy(BOX, space))
     agent.theta[:] = 0
-    agent.actor[5][:] = wanted  # the last b: with W = 0 the policy wants it in every state
+    agent.actor[5][:] = wanted  # the last b; W is 0
     assert_equal(agent.act(np.zeros(2, np.float32)), received)
 
 
@@ -1009,7 +1009,7 @@ TASKS = [  # task, steps, mean return
 
 @pytest.mark.parametrize(("task", "steps", "enough"), TASKS)
 def test_tasks_are_learned(task, steps, enough):
-    """A short run comes far above what a broken learner reaches."""
+    """A short run gets far above a broken learner."""
     agent, _ = ppo.train(task, total_steps=steps, seed=300)
     assert ppo.evaluate(agent, 20).mean() >= enough
 
@@ -1032,7 +1032,7 @@ def test_evaluation_plays_whole_episodes(capsys):
 
 
 def test_seeds():
-    """They are below 2**31, depend on --seed, and differ in the evaluation."""
+    """They depend on --seed, and differ in the evaluation."""
     runs = []
     for seed in [0, 2**32 - 1, 2**32 - 1]:
         agent, _ = ppo.train(toy(), **SMALL, seed=seed)
@@ -1041,7 +1041,6 @@ def test_seeds():
     assert runs[1] == runs[2]
     different = {*runs[0], *runs[1]}
     assert len(different) == 2 * (2 + 40)
-    assert max(different) < 2**31
 
 
 # G  The command line and the README ----------
@@ -1079,7 +1078,7 @@ REFUSED = [
     ("--play missing.npz", "missing.npz"),
     ("--load pole.npz --hidden 32", "pole.npz .*not fit"),
     ("--save missing/p.npz", "missing/p.npz"),
-    ("--log missing/run.csv", "missing/run.csv"),
+    ("--save pole.npz --log missing/run.csv", "missing/run.csv"),
     ("--load pole.npz --log ./pole.npz", "--log"),
 ]
 
@@ -1088,14 +1087,17 @@ REFUSED = [
 def test_what_cannot_work_is_refused_at_once(command, clue, run, monkeypatch):
     """One line says what to change, before anything is printed or written. All is closed."""
     monkeypatch.setitem(sys.modules, "pygame", None)  # as if it were not installed
-    ppo.save("pole.npz", ppo.new_agent("CartPole-v1"))
+    ppo.save("pole.npz", ppo.new_agent(seed=9))
     assert re.fullmatch(f"ppo.py: .*{clue}.*\n", run(command, status=2))
     assert os.listdir() == ["pole.npz"]
-    ppo.load("pole.npz")
+    assert ppo.load("pole.npz").settings.seed == 9
     assert Toy.num_open == 0
 
 
-@pytest.mark.parametrize("error", [FloatingPointError, MemoryError, gym.error.Error, ImportError])
+ERRORS = [FloatingPointError, MemoryError, gym.error.Error, ImportError, BrokenPipeError]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_errors_of_an_environment_keep_their_traceback(error, run):
     """What its constructor or a step raises comes out of main."""
 
@@ -1109,7 +1111,7 @@ def test_errors_of_an_environment_keep_their_traceback(error, run):
 
 @pytest.mark.parametrize("line", ["import gymnasium as", "import forgotten"])
 def test_a_module_that_cannot_be_imported_keeps_its_traceback(line, run):
-    """It is the user's, although Gymnasium imports it, and raises another error."""
+    """It is the user's, although Gymnasium imports it."""
     Path("unfinished.py").write_text(line)
     with pytest.raises((SyntaxError, ModuleNotFoundError), match="unfinished.py|forgotten"):
         run("--env unfinished:Mine-v0")
@@ -1122,6 +1124,7 @@ def test_a_terminal_shows_progress_before_the_first_row(run, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     out = run("")
     assert "4 steps, 2 steps/s, 14 s left" in out.split("mean_return")[0]
+    assert out.count(" " * 60 + "\r") == 1  # at the end
     assert (out + run("--help")).isascii()
 
 
@@ -1152,6 +1155,8 @@ def test_the_first_line_repeats_a_run_and_a_file_its_last(command, run):
     *rows, _, saved, last = others
     assert [first, *rows, last] == [*again[:-2], again[-1]]
     assert run("--play p.npz", flags=[]) == last + "\n"
+    command = "--load p.npz --epochs 3"
+    assert run(command, flags=[]).startswith(f"python ppo.py {command}\n")
     assert f"--lr {ppo.load('p.npz').settings.lr}" in first
 
 
@@ -1196,7 +1201,7 @@ class Bomb:
 
 
 def test_files_that_are_no_policies_are_refused(run):
-    """In one line, which names another version as a cause. Nothing in them is executed."""
+    """In one line that names another version as a cause. Nothing in them runs."""
     ppo.save("good.npz", ppo.new_agent())
     with np.load("good.npz") as file:
         good = dict(file)

@@ -41,7 +41,7 @@ EXPLAINED = {
     "learn: _.reshape((_ + 1) * _, -1) -> _.reshape((_ + 1) * _, -2)": "Any negative size will do.",
     "fisher_product: 2 * float(np.finfo(_.dtype).eps) ** (1 / 3) -> 3 *": "It is as exact.",
     "conjugate_gradients: _, _, _=10": "One more changes x little.",
-    "conjugate_gradients: _ @ _ < 1e-10 * (_ @ _) -> _ @ _ <=": "Never equal.",
+    "conjugate_gradients: _ @ _ <= 1e-10 * (_ @ _) -> _ @ _ < 1e": "Never equal.",
     "trust_region_step: _ <= _ -> _ < _": "Never equal.",
     "trust_region_step: _ < _ -> _ <= _": "Never equal.",
     "observe: _.settings.normalize_steps == 0 -> False": "normalize uses nothing of it then.",
