@@ -583,7 +583,7 @@ def update(agent, inputs, actions, advantages, returns, remaining):
 def sums_so_far(rewards, ended, gamma, before):
     """Return the sum of each episode's rewards so far (T, N), and the last sums (N,).
 
-    gamma discounts older rewards. before (N,) is what the previous rollout returned, or 0.
+    gamma discounts older rewards. before (N,) is what the previous call returned, or 0.
     """
     sums = np.empty(rewards.shape)
     for t in range(len(rewards)):
@@ -623,11 +623,12 @@ def learn(agent, envs):
         observations, actions, rewards, terminated, truncated = rollout(envs, sample, obs, T)
         obs = observations[-1]  # (N, obs_dim)
         ended = terminated | truncated  # (T, N)
-        is_transition = ~np.vstack([ended_before, ended[:-1]])  # the step after an end only resets
+        # The step after an end only resets.
+        is_transition = ~np.vstack([ended_before, ended[:-1]])  # (T, N)
         ended_before = ended[-1]
 
         # Eq. 2   With γ = 1, an episode's last sum is R(τ) = Σ r_t. Its mean estimates J(θ).
-        sums, return_so_far = sums_so_far(rewards, ended, 1, return_so_far)
+        sums, return_so_far = sums_so_far(rewards, ended, 1, return_so_far)  # (T, N), (N,)
         last_returns = np.append(last_returns, sums[ended])[-100:]
         mean_return = float(last_returns.mean()) if len(last_returns) > 0 else math.nan
         steps += T * N
@@ -763,7 +764,7 @@ def observe(agent, obs):
 
 
 def report(agent, inputs, actions, log_prob_old, advantages, returns):
-    """Return what an update changed, or raise FloatingPointError if it diverged."""
+    """Return what an update with B rows changed. Raise FloatingPointError if it diverged."""
     policy, _ = policy_forward(agent.actor, inputs)  # θ is now θ_{k+1}
     log_prob, _ = policy.log_prob(actions)
     entropy, _ = policy.entropy()

@@ -29,7 +29,6 @@ import runpy
 import shlex
 import subprocess
 import time
-import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +36,6 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers.vector import ReshapeObservation
 from numpy.testing import assert_allclose, assert_equal
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*environment")
 
 TWO = gym.spaces.Discrete(2)
 THREE = gym.spaces.Discrete(3)
@@ -631,7 +628,7 @@ def test_init_mlp(rng):
 
 
 def test_eq17_log_prob_and_entropy_of_known_policies():
-    """They are right even where exp would overflow. A log_std (B, d) is one for each state."""
+    """They are right even where exp would overflow. log_std may be (B, d)."""
     policy = ppo.Categorical(np.array([[1e4, 1e4, -1e4], np.log([1, 2, 5])]))
     log_prob, _ = policy.log_prob(np.array([1, 2]))
     assert_allclose(log_prob, np.log([1 / 2, 5 / 8]))
@@ -696,7 +693,7 @@ def test_shapes_that_would_broadcast_are_refused():
 
 
 def test_a_rollout_must_be_finite():
-    """Rewards are checked, and observations up to the last."""
+    """Rewards and observations are checked, to the last."""
     for name in ("rewards", "obs"):
         envs = Script()
         array = getattr(envs, name).astype(float)
@@ -804,7 +801,7 @@ def test_a_run_that_diverges_stops(name):
 class Toy(gym.Env):
     """Random observations of any space, and reward 1 for every legal action.
 
-    Its episodes end truly after a number of steps in ends, or at a time limit after one in limits.
+    An episode ends truly after a number of steps in ends, or at a time limit in limits.
     Gymnasium cannot collect its info.
     """
 
@@ -868,7 +865,7 @@ def test_a_time_limit_is_no_end(ends, value):
 
     With true ends after ten steps it is worth less, on average.
     """
-    env = toy(gym.spaces.Box(0, 1, (1,)), ends=ends, limits=() if ends else (10,))
+    env = toy(gym.spaces.Box(0, 1, (1,)), ends=ends)
     chosen = dict(num_steps=66, total_steps=15_000, gamma=0.9, lam=1.0, lr=3e-3, seed=300)
     agent, _ = ppo.train(env, **chosen)
     inputs = agent.normalize(np.linspace(0, 1, 11)[:, None])
@@ -879,7 +876,7 @@ def test_a_time_limit_is_no_end(ends, value):
 
 @pytest.mark.parametrize("num_steps", [17, 1])
 def test_every_transition_is_learned_from_once(num_steps, monkeypatch):
-    """No reset is. The action is the sample, of which the environment received twice as much."""
+    """No reset is. The action is the sample; the environment received twice as much."""
     calls = watch(monkeypatch, "update")
     env = toy(BOX, gym.spaces.Box(-2, 2, (2,)), ends=(2, 4, 6), limits=(1, 3, 5, 7))
     chosen = dict(num_envs=2, num_steps=num_steps, normalize_steps=0, log_std_init=0.0)
@@ -892,7 +889,7 @@ def test_every_transition_is_learned_from_once(num_steps, monkeypatch):
     assert sorted(learned) == sorted(played)
 
 
-def test_the_mean_return_is_that_of_the_last_hundred_episodes():
+def test_mean_return_of_the_last_hundred_episodes():
     """Here episode i has the reward i."""
     env = toy(limits=(1,), reward=lambda env, action: float(len(Toy.transitions)))
     _, history = ppo.train(env, num_envs=1, num_steps=50, total_steps=300)
@@ -922,17 +919,14 @@ def test_spaces(observations, actions):
         assert_allclose(agent.act(obs), action, rtol=1e-4)
 
 
-def test_many_numbered_states_take_little_memory():
-    """They do not take n × n numbers, here 1.6 GB."""
-    tracemalloc.start()
-    ppo.make_envs(toy(gym.spaces.Discrete(20_000)), 2).reset(seed=0)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 20e6
+def test_a_million_numbered_states_fit_into_memory():
+    """They do not take n × n numbers, which are 4 TB."""
+    obs, _ = ppo.make_envs(toy(gym.spaces.Discrete(10**6)), 2).reset(seed=0)
+    assert_equal(obs.sum(axis=1), [1, 1])
 
 
-def test_vector_environments_may_be_wrapped():
-    """The observations that count are those of the wrapper."""
+def test_vector_environments_may_be_wrapped(run, monkeypatch):
+    """The observations that count are those of the wrapper. Resets must come in the next step."""
 
     def square(num_envs):
         return ReshapeObservation(gym.make_vec("CartPole-v1", num_envs), (2, 2))
@@ -940,6 +934,8 @@ def test_vector_environments_may_be_wrapped():
     gym.register("Square-v0", vector_entry_point=square)
     agent, _ = ppo.train("Square-v0", **SMALL)
     assert ppo.evaluate(agent).min() > 1
+    monkeypatch.setitem(gym.make_vec("CartPole-v1").metadata, "autoreset_mode", "SameStep")
+    assert "next step" in run("", status=2)
 
 
 def test_xor_of_two_bits_is_learned():
@@ -950,15 +946,14 @@ def test_xor_of_two_bits_is_learned():
 
     env = toy(gym.spaces.MultiBinary(2), TWO, reward=reward)
     means = []
-    for seed in range(3):  # about one seed in twelve stays behind
+    for seed in range(3):  # one in twelve stays behind
         agent, _ = ppo.train(env, total_steps=12_000, num_steps=32, seed=seed)
         means.append(ppo.evaluate(agent, 20).mean())
     assert np.median(means) == 10
 
 
-HUGE = np.finfo(np.float32).max  # stands for infinity
-LOW = np.float32([-0.5, 0, -HUGE, -np.inf])
-HIGH = np.float32([0.5, np.inf, HUGE, np.inf])
+LOW = np.float32([-0.5, 0, -3e38, -np.inf])  # so low stands for infinity
+HIGH = np.float32([0.5, np.inf, 3e38, np.inf])
 LEGAL = [  # a space, what the policy wants, what the environment receives
     (gym.spaces.Discrete(3, start=7), [0, 5, 1], 8),
     (gym.spaces.Box(-1, 3, (2, 2), np.float64), [0.5, -3, 7, 0.25], [[2, -1], [3, 1.5]]),
@@ -986,10 +981,7 @@ def test_settings_are_chosen_by_kind_and_by_name():
     for name, lr in [("Pendulum-v1", 1e-3), ("Pendulum", 1e-3), ("Pendulum-v0", 6e-4)]:
         chosen = ppo.new_agent(name, epochs=7).settings
         assert [chosen.epochs, chosen.lr, chosen.gamma, chosen.clip] == [7, lr, 0.99, 0.2]
-
-
-def test_settings_may_be_numpy_scalars():
-    """They become Python's numbers, also in a file."""
+    # Scalars of numpy become Python's numbers, also in a file.
     agent = ppo.new_agent(num_envs=np.int32(2), lr=np.float64(0.5), hidden=np.array([4, 3]))
     ppo.save("p.npz", agent)
     plain = ppo.new_agent(num_envs=2, lr=0.5, hidden=(4, 3)).settings
@@ -1017,7 +1009,7 @@ def test_tasks_are_learned(task, steps, enough):
 def test_evaluation_plays_whole_episodes(capsys):
     """Each of ten environments plays one a round, to its end. Rewards after it do not count.
 
-    A round in which one is cut off is the last, and a line says so.
+    A round that is cut off is the last, and a line says so.
     """
 
     def reward(env, action):
@@ -1039,8 +1031,7 @@ def test_seeds():
         ppo.evaluate(agent, 40)
         runs.append(Toy.seeds)
     assert runs[1] == runs[2]
-    different = {*runs[0], *runs[1]}
-    assert len(different) == 2 * (2 + 40)
+    assert len({*runs[0], *runs[1]}) == 2 * (2 + 40)
 
 
 # G  The command line and the README ----------
@@ -1048,7 +1039,7 @@ def test_seeds():
 
 @pytest.fixture
 def run(capsys):
-    """Run a command line after some flags, check its exit status, return what it printed."""
+    """Run a command line, check its exit status, return what it printed."""
 
     def run(command, status=0, flags=SMALL_FLAGS):
         with pytest.raises(SystemExit) as stopped:
@@ -1086,7 +1077,7 @@ REFUSED = [
 @pytest.mark.parametrize(("command", "clue"), REFUSED)
 def test_what_cannot_work_is_refused_at_once(command, clue, run, monkeypatch):
     """One line says what to change, before anything is printed or written. All is closed."""
-    monkeypatch.setitem(sys.modules, "pygame", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pygame", None)
     ppo.save("pole.npz", ppo.new_agent(seed=9))
     assert re.fullmatch(f"ppo.py: .*{clue}.*\n", run(command, status=2))
     assert os.listdir() == ["pole.npz"]
@@ -1110,7 +1101,7 @@ def test_errors_of_an_environment_keep_their_traceback(error, run):
 
 
 @pytest.mark.parametrize("line", ["import gymnasium as", "import forgotten"])
-def test_a_module_that_cannot_be_imported_keeps_its_traceback(line, run):
+def test_an_unfinished_module_keeps_its_traceback(line, run):
     """It is the user's, although Gymnasium imports it."""
     Path("unfinished.py").write_text(line)
     with pytest.raises((SyntaxError, ModuleNotFoundError), match="unfinished.py|forgotten"):
@@ -1119,12 +1110,12 @@ def test_a_module_that_cannot_be_imported_keeps_its_traceback(line, run):
 
 def test_a_terminal_shows_progress_before_the_first_row(run, monkeypatch):
     """A live line shows steps, speed and time left. All is ASCII."""
-    clock = iter(range(10**6))  # a second passes whenever somebody looks
+    clock = iter(range(10**6))  # each look takes a second
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     out = run("")
     assert "4 steps, 2 steps/s, 14 s left" in out.split("mean_return")[0]
-    assert out.count(" " * 60 + "\r") == 1  # at the end
+    assert out.count(" " * 60 + "\r") == 1
     assert (out + run("--help")).isascii()
 
 
@@ -1149,7 +1140,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_first_line_repeats_a_run_and_a_file_its_last(command, run):
-    """Its flags are all that differ from the task's settings. --play says what the run said."""
+    """Its flags are what was chosen or is no default. --play says what the run said."""
     first, *others = run(f"{command} --eval-episodes 2 --save p.npz", flags=[]).splitlines()
     again = run(first.removeprefix("python ppo.py"), flags=[]).splitlines()
     *rows, _, saved, last = others
@@ -1158,6 +1149,14 @@ def test_the_first_line_repeats_a_run_and_a_file_its_last(command, run):
     command = "--load p.npz --epochs 3"
     assert run(command, flags=[]).startswith(f"python ppo.py {command}\n")
     assert f"--lr {ppo.load('p.npz').settings.lr}" in first
+
+
+def test_the_curve_has_round_ticks(capsys):
+    """They are 1, 2 or 5 times a power of ten apart."""
+    for end in (25, 50):
+        ppo.print_curve([dict(steps=x, episodes=1, mean_return=x) for x in (10, end)])
+    ticks = re.findall(r"(\d+) [|+]", capsys.readouterr().out)
+    assert [int(tick) for tick in ticks] == [*range(24, 8, -2), *range(50, 0, -10)]
 
 
 def test_a_warm_start_learns_on():
@@ -1177,7 +1176,7 @@ def test_a_warm_start_learns_on():
 
 
 def test_a_full_disk_leaves_the_earlier_file(monkeypatch):
-    """What was half written is removed. Another process writes a file of its own."""
+    """Half a file is removed. Another process writes its own."""
 
     def fail(file, **arrays):
         assert str(os.getpid()) in file.name
@@ -1205,11 +1204,10 @@ def test_files_that_are_no_policies_are_refused(run):
     ppo.save("good.npz", ppo.new_agent())
     with np.load("good.npz") as file:
         good = dict(file)
-    newer = str(good["settings"]).replace("seed", "spin")
     Path("run.csv").write_text("steps,episodes\n16,1\n")
     np.savez("bomb.npz", **good | {"settings": np.array([Bomb()], object)})
     np.savez("nan.npz", **good | {"phi": np.nan * good["phi"]})
-    np.savez("newer.npz", **good | {"settings": newer})
+    np.savez("newer.npz", **good | {"settings": str(good["settings"]).replace("seed", "spin")})
     for name in {*os.listdir()} - {"good.npz"}:
         assert re.search(f"{name}.* version", run(f"--load {name}", status=2))
     assert not os.path.exists("exploded")
@@ -1225,7 +1223,6 @@ def test_an_interrupted_run_keeps_its_policy(run):
 
     env = toy(limits=(7,), reward=reward)
     out = run(f"--env {env} --total-steps 100 --save p.npz", status=130)
-    assert re.search(r"\n +100 \| +##\n", out)
     assert re.search(r"---\n +16 +32 steps\n", out)
     assert "greedy" not in out
     _, _, count = ppo.load("p.npz").obs_moments
@@ -1233,13 +1230,13 @@ def test_an_interrupted_run_keeps_its_policy(run):
 
 
 def test_a_run_that_diverges_keeps_its_policy(run):
-    """One line says what happened. The file has a policy from before."""
+    """One line says so. The file has a policy from before."""
     assert "try a smaller lr" in run("--env Pendulum-v1 --lr 1e12 --save p.npz", status=2)
     ppo.load("p.npz")
 
 
 def test_render_shows_episodes(run):
-    """The evaluation is shown, five episodes long if not told otherwise."""
+    """The evaluation is shown. Five episodes are usual."""
     env = toy(reward=lambda env, action: float(env.render_mode == "human"))
     last = "greedy evaluation over 2 episodes: mean 10, std 0, min 10, max 10\n"
     assert run(f"--env {env} --save p.npz --render").endswith("\n" + last)
@@ -1266,7 +1263,7 @@ def test_a_reader_may_leave_early():
 
 
 def test_the_python_of_the_readme_runs(run):
-    """They run one after the other. Environments go into my_module.py, too."""
+    """They run in their order. Environments go into my_module.py, too."""
     run("--save policy.npz --log run.csv")
     readme = Path(ppo.__file__).with_name("README.md").read_text(encoding="utf-8")
     small = re.sub(r"total_steps=[\d_]+", "total_steps=2_000", readme)

@@ -17,7 +17,7 @@ NUM_FORMULAS = 19
 commands = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)).splitlines()
 faults = [f"too long: {command}" for command in commands if len(command) > MAX_COLUMNS]
 
-unfolded = re.sub(r"<details.*?</details>\n", "", README, flags=re.S)
+unfolded = re.sub(r"<details.*?</details>", "", README, flags=re.S)
 if README.count("<details") != README.count("</details>"):
     faults.append("the numbers of <details> and </details> differ")
 
