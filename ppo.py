@@ -9,14 +9,14 @@
 Every gradient is written by hand. Read from top to bottom, with the lectures beside it.
 `Eq. 9` stands above the code of this formula. README.md lists all 19.
 
-The algorithm (Eq. 19)                                         where
-    create the actor θ and the critic φ                        §1, §2, §8
-    repeat until all steps are used up                         §8
-        play T steps in N environments with the policy π_θ     §3
-        judge: advantages Â by GAE, and returns R̂ = Â + V_φ    §4, §8
+The algorithm (Eq. 19)
+    create the actor θ and the critic φ (§1, §2)
+    repeat until all steps are used up (§8)
+        play T steps in N environments with the policy π_θ (§3)
+        judge: advantages Â by GAE, and returns R̂ = Â + V_φ (§4)
         learn: K passes for θ, then K for φ, B rows at a time
-            move θ against the gradient of the actor's loss    §5, §6, §7
-            move φ against the gradient of the critic's loss   §6, §7
+            move θ against the gradient of the actor's loss (§5, §6, §7)
+            move φ against the gradient of the critic's loss (§6, §7)
 
 While θ moves, the data stay those of the θ that played: in the lectures θ_k or θ', in
 names _old.
@@ -56,7 +56,7 @@ from gymnasium.wrappers.vector import FlattenObservation, TransformAction, Trans
 
 
 def flatten(arrays):
-    """Return the numbers of all arrays as one vector (P,)."""
+    """Join the numbers of all arrays into one vector (P,)."""
     return np.concatenate(arrays, axis=None)
 
 
@@ -78,7 +78,7 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
     """
     params = []
     gains = [math.sqrt(2)] * (len(sizes) - 2) + [out_gain]
-    for fan_in, fan_out, gain in zip(sizes[:-1], sizes[1:], gains, strict=True):
+    for fan_in, fan_out, gain in zip(sizes[:-1], sizes[1:], gains):
         noise = rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out)))
         q, r = np.linalg.qr(noise)
         q *= np.sign(np.diag(r))  # all matrices are equally likely
@@ -377,7 +377,7 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
         c = float(ent_coef)
         entropy, entropy_grads = policy.entropy()
         loss = loss - c * entropy
-        d_policy = [d - c * grad for d, grad in zip(d_policy, entropy_grads, strict=True)]
+        d_policy = [d - c * grad for d, grad in zip(d_policy, entropy_grads)]
     d_outputs = d_policy[0] / len(inputs)  # the loss is a mean over rows
     grads = mlp_backward(actor, cache, d_outputs)
     if len(d_policy) == 2:  # Gaussian: all rows use one log_std, so its gradients add up
@@ -521,8 +521,12 @@ class Agent:
         return policy
 
     def act(self, obs):
-        """Return the likeliest action for one observation, as env.step accepts it (§11)."""
-        return legal_action(self, obs)
+        """Return the likeliest action for one observation, as env.step accepts it."""
+        space = self.obs_space
+        if space.shape not in (None, np.shape(obs)):
+            raise ValueError(f"an observation must be {space.shape}")
+        policy = self.policy(gym.spaces.flatten(space, obs)[None])
+        return legal_actions(self.action_space, policy.mode())[0]  # §11
 
 
 def fit(agent, adam, loss_of, num_rows, lr):
@@ -636,8 +640,9 @@ def learn(agent, envs):
         if not is_transition.any():
             continue  # a rollout of one step may be resets only
 
-        # Eq. 19, judge: Â and R̂ with φ_k. Rewards are scaled in place: V stays small (§10).
-        discounted_so_far = scale_rewards(agent, rewards, ended, is_transition, discounted_so_far)
+        # Eq. 19, judge: Â and R̂ with φ_k, from rewards scaled in place: V stays small (§10).
+        sums, discounted_so_far = sums_so_far(rewards, ended, settings.gamma, discounted_so_far)
+        scale_rewards(agent, rewards, sums[is_transition])
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
         values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
         values = values.reshape(T + 1, N)
@@ -666,9 +671,9 @@ def fisher_product(kl, theta, v, damping=0.1):
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
     # hv has the length 2 ∛eps: a shorter one drowns in rounding, a longer one is not local.
     h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
-    _, gradient_ahead = kl(theta + h * v)
-    _, gradient_behind = kl(theta - h * v)
-    return (gradient_ahead - gradient_behind) / (2 * h) + float(damping) * v
+    _, ahead = kl(theta + h * v)
+    _, behind = kl(theta - h * v)
+    return (ahead - behind) / (2 * h) + float(damping) * v
 
 
 def conjugate_gradients(product, g, iterations=10):
@@ -735,15 +740,10 @@ def update_moments(moments, rows):
     moments[:] = update_mean_var_count_from_moments(*moments, *new)
 
 
-def scale_rewards(agent, rewards, ended, is_transition, before):
-    """Divide rewards (T, N), in place, by the deviation of their discounted sums so far.
-
-    ended and is_transition are (T, N), before and the result (N,) as in sums_so_far.
-    """
-    sums, before = sums_so_far(rewards, ended, agent.settings.gamma, before)
-    update_moments(agent.return_moments, sums[is_transition])
+def scale_rewards(agent, rewards, sums):
+    """Divide rewards, in place, by the deviation of all discounted sums so far (B,)."""
+    update_moments(agent.return_moments, sums)
     rewards /= np.sqrt(agent.return_moments[1] + 1e-8)
-    return before
 
 
 def observe(agent, obs):
@@ -802,7 +802,6 @@ class UsageError(ValueError):
 
 def is_of_user(error):
     """Return whether code other than ppo.py's and its libraries' took part in an error."""
-    error = error.__context__ or error  # Gymnasium raises some anew
     trace = traceback.walk_tb(error.__traceback__)
     modules = {frame.f_globals["__name__"].split(".")[0] for frame, _ in trace}
     return not modules <= {__name__, "gymnasium", "importlib", "numpy", "zipfile"}
@@ -840,10 +839,9 @@ def new_agent(env=Settings.env, **chosen):
         kind = settings_of_kind(envs.obs_space, envs.single_action_space)
         spec = envs.spec
         own = TASKS.get(spec.name, {}) if str(spec.entry_point).startswith("gymnasium.") else {}
-        values = vars(Settings(env)) | kind | own | chosen
         # Numbers of numpy become Python's.
-        values = {name: np.asarray(value).tolist() for name, value in values.items()}
-        settings = Settings(**values | {"hidden": tuple(values["hidden"])})
+        chosen = {name: np.asarray(value).tolist() for name, value in chosen.items()}
+        settings = Settings(env, **kind | own | chosen)
         check(settings)
         return Agent(envs, settings)
 
@@ -863,8 +861,11 @@ def make_envs(env, num_envs, render=False):
     options = dict(vectorization_mode="sync", render_mode="human") if render else {}
     try:
         envs = gym.make_vec(env, num_envs=num_envs, **options)
+        if render:
+            envs.call("reset", seed=0)  # opens the window
     except Exception as error:  # Gymnasium has many kinds
-        if isinstance(error, SyntaxError) or is_of_user(error):
+        cause = error.__context__ or error  # Gymnasium raises some anew
+        if isinstance(error, SyntaxError) or is_of_user(cause):
             raise
         raise UsageError(f"cannot make {env}: {error} (your own is module:Name-v0)") from error
     obs_space = envs.single_observation_space
@@ -911,15 +912,6 @@ def legal_actions(space, actions):
     return actions.clip(space.low, space.high).astype(space.dtype)
 
 
-def legal_action(agent, obs):
-    """Return the likeliest action for one observation, as env.step accepts it."""
-    space = agent.obs_space
-    if space.shape is not None and np.shape(obs) != space.shape:
-        raise ValueError(f"an observation must be {space.shape}, not {np.shape(obs)}")
-    policy = agent.policy(gym.spaces.flatten(space, obs)[None])
-    return legal_actions(agent.action_space, policy.mode())[0]
-
-
 # §12  The program
 
 
@@ -942,7 +934,7 @@ def train_and_print(agent, args):
         if hasattr(args, name) or not (is_usual or args.load):
             flags += ["--" + name.replace("_", "-"), *np.ravel(value)]
     print("python ppo.py", *flags)  # repeats the run
-    history = []
+    points = []
     num_rows = 0
     steps = 0
     shown = 0
@@ -964,10 +956,11 @@ def train_and_print(agent, args):
             envs = TransformAction(envs, live_line)
         try:
             for record in learn(agent, envs):
-                if not history:
+                if num_rows == 0:
                     print(*record, sep=",", file=log)
                     print(ROW.format(*record))
-                history.append(record)
+                if record["episodes"] > 0:
+                    points.append((record["steps"], record["mean_return"]))
                 print(*record.values(), sep=",", file=log, flush=True)
                 if 20 * record["steps"] >= num_rows * settings.total_steps:
                     num_rows += 1
@@ -977,7 +970,7 @@ def train_and_print(agent, args):
         finally:
             if shown:
                 print(" " * 60, end="\r")  # instead of the live line
-            print_curve(history)
+            print_curve(points)
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
     if args.save:
@@ -992,9 +985,8 @@ def four_digits(number):
     return f"{number:,.0f}" if 1000 <= abs(number) < 1e8 else f"{number:.4g}"
 
 
-def print_curve(history):
-    """Draw mean_return over steps, if it changes."""
-    points = [(r["steps"], r["mean_return"]) for r in history if r["episodes"] > 0]
+def print_curve(points):
+    """Draw a curve through points (steps, return), if it is not flat."""
     steps, returns = np.array(points or [(0, 0)]).T
     spread = np.ptp(returns)
     if spread == 0:
@@ -1047,12 +1039,10 @@ def arrays_of(agent):
 
 def save(path, agent):
     """Write a policy file, whole or not at all."""
-    settings = json.dumps(vars(agent.settings))
-    state = json.dumps(agent.rng.bit_generator.state)
-    temporary = f"{path}.{os.getpid()}.tmp"  # another process may save to the same path
+    state = json.dumps([vars(agent.settings), agent.rng.bit_generator.state])
+    temporary = f"{path}.{os.getpid()}.npz"  # another process may save to the same path
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, settings=settings, rng=state, **arrays_of(agent))
+        np.savez(temporary, state=state, **arrays_of(agent))
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -1067,9 +1057,9 @@ def load(path, **chosen):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        settings = Settings(**json.loads(str(arrays.pop("settings"))))
-        state = json.loads(str(arrays.pop("rng")))
-        assert all(np.isfinite(array).all() for array in arrays.values())
+        values, rng_state = json.loads(str(arrays.pop("state")))
+        settings = Settings(**values)
+        assert np.isfinite(flatten([*arrays.values()])).all()
     except OSError:
         raise
     except Exception as error:  # there are many ways in which a file can be broken
@@ -1080,14 +1070,13 @@ def load(path, **chosen):
             raise UsageError(f"{path} ({settings.env}, hidden {settings.hidden}) does not fit")
         array[:] = arrays[name]
     if "seed" not in chosen:
-        agent.rng.bit_generator.state = state
+        agent.rng.bit_generator.state = rng_state
     return agent
 
 
 def run(argv):
     """Do what the arguments say."""
-    epilog = "The defaults depend on the task. A run prints what it uses."
-    parser = argparse.ArgumentParser(epilog=epilog)
+    parser = argparse.ArgumentParser(epilog="Some tasks have other defaults. A run prints them.")
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
     add = parser.add_argument
     add("--save", help="file to keep the policy in")
@@ -1099,7 +1088,7 @@ def run(argv):
         flag = "--" + f.name.replace("_", "-")
         options = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
         text = f"{f.metadata['help']}; default {f.default}"
-        add(flag, default=argparse.SUPPRESS, metavar="X", help=text, **options)
+        add(flag, default=argparse.SUPPRESS, help=text, **options)
     args = parser.parse_args(argv)
     chosen = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
 
@@ -1109,8 +1098,7 @@ def run(argv):
     path = args.play or args.load
     agent = load(path, **chosen) if path else new_agent(**chosen)
     if args.render:
-        with closing(make_envs(agent.settings.env, 1, render=True)) as envs:
-            envs.reset(seed=0)  # if it fails, it fails now
+        make_envs(agent.settings.env, 1, render=True).close()  # if it fails, it fails now
     if not args.play:
         train_and_print(agent, args)
     returns = evaluate(agent, chosen.get("eval_episodes"), args.render)
@@ -1128,18 +1116,11 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (
-        UsageError,
-        gym.error.DependencyNotInstalled,
-        FloatingPointError,
-        MemoryError,
-        OSError,
-    ) as error:
-        if not isinstance(error, UsageError) and is_of_user(error):
+    except (UsageError, FloatingPointError, MemoryError, OSError) as error:
+        if is_of_user(error):
             raise
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
-            return 1
+            os._exit(1)  # without a last flush, which would fail, too
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

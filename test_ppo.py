@@ -1154,7 +1154,7 @@ def test_the_first_line_repeats_a_run_and_a_file_its_last(command, run):
 def test_the_curve_has_round_ticks(capsys):
     """They are 1, 2 or 5 times a power of ten apart."""
     for end in (25, 50):
-        ppo.print_curve([dict(steps=x, episodes=1, mean_return=x) for x in (10, end)])
+        ppo.print_curve([(10, 10), (end, end)])
     ticks = re.findall(r"(\d+) [|+]", capsys.readouterr().out)
     assert [int(tick) for tick in ticks] == [*range(24, 8, -2), *range(50, 0, -10)]
 
@@ -1178,9 +1178,9 @@ def test_a_warm_start_learns_on():
 def test_a_full_disk_leaves_the_earlier_file(monkeypatch):
     """Half a file is removed. Another process writes its own."""
 
-    def fail(file, **arrays):
-        assert str(os.getpid()) in file.name
-        file.write(b"half")
+    def fail(path, **arrays):
+        assert str(os.getpid()) in path
+        Path(path).write_text("half")
         raise OSError("No space left on device")
 
     agent = ppo.new_agent()
@@ -1205,9 +1205,9 @@ def test_files_that_are_no_policies_are_refused(run):
     with np.load("good.npz") as file:
         good = dict(file)
     Path("run.csv").write_text("steps,episodes\n16,1\n")
-    np.savez("bomb.npz", **good | {"settings": np.array([Bomb()], object)})
+    np.savez("bomb.npz", **good | {"state": np.array([Bomb()], object)})
     np.savez("nan.npz", **good | {"phi": np.nan * good["phi"]})
-    np.savez("newer.npz", **good | {"settings": str(good["settings"]).replace("seed", "spin")})
+    np.savez("newer.npz", **good | {"state": str(good["state"]).replace("seed", "spin")})
     for name in {*os.listdir()} - {"good.npz"}:
         assert re.search(f"{name}.* version", run(f"--load {name}", status=2))
     assert not os.path.exists("exploded")
