@@ -47,7 +47,6 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete, flatdim
-from gymnasium.wrappers.utils import update_mean_var_count_from_moments
 from gymnasium.wrappers.vector import FlattenObservation, TransformAction, TransformObservation
 
 # §1  Networks
@@ -92,10 +91,8 @@ def mlp_forward(params, inputs):
     """Return outputs (B, out_dim) for inputs (B, in_dim), and a cache: each layer's input."""
     cache = []
     x = inputs
-    for layer in range(len(params) // 2):  # a log_std (§2) at the end is no layer
-        W = params[2 * layer]
-        b = params[2 * layer + 1]
-        if layer > 0:
+    for W, b in zip(params[0::2], params[1::2]):  # a log_std (§2) at the end is no layer
+        if cache:  # not the first layer
             x = np.tanh(x)
         cache.append(x)
         x = x.dot(W) + b  # .dot is faster than @ for small arrays
@@ -105,14 +102,12 @@ def mlp_forward(params, inputs):
 def mlp_backward(params, cache, d_outputs):
     """Return the gradients [dW1, db1, ...], from ∂loss/∂outputs = d_outputs (B, out_dim)."""
     grads = []
-    for layer in reversed(range(len(cache))):
-        W = params[2 * layer]
-        x = cache[layer]
+    for W, x in reversed(list(zip(params[0::2], cache))):
         # outputs = x W + b:   ∂loss/∂W = xᵀ d_outputs,   ∂loss/∂b = Σ_rows d_outputs
         dW = x.T.dot(d_outputs)
         db = np.ones(len(x), x.dtype).dot(d_outputs)  # .sum(axis=0), but faster
         grads = [dW, db, *grads]
-        if layer > 0:
+        if x is not cache[0]:
             # ∂loss/∂x = d_outputs Wᵀ;   x = tanh(z), so ∂x/∂z = 1 - x²
             dx = d_outputs.dot(W.T)
             d_outputs = dx * (1 - x * x)
@@ -121,8 +116,8 @@ def mlp_backward(params, cache, d_outputs):
 
 # §2  Policies
 # A policy is a distribution over actions for each state of a batch. log_prob and entropy
-# return a number for each state (B,), and a list of its gradients, with a row for each
-# state: [∂/∂logits], or [∂/∂mean, ∂/∂log_std].
+# return a number for each state (B,), and its gradients: [∂/∂logits], or
+# [∂/∂mean, ∂/∂log_std].
 
 
 def log_softmax(logits):
@@ -200,9 +195,9 @@ class Gaussian:
     def entropy(self):
         """Return H(π) (B,), and its gradients [(B, d), (B, d)]."""
         # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H/∂log_std = 1
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(axis=-1)
-        grads = [np.zeros_like(self.mean), np.ones_like(self.mean)]
-        return np.full(len(self.mean), entropy), grads
+        zeros = np.zeros_like(self.mean)
+        entropy = (zeros + self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(axis=-1)
+        return entropy, [zeros, zeros + 1]
 
 
 def policy_forward(actor, inputs):
@@ -365,10 +360,11 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
     objective is a function of §5. inputs are (B, obs_dim), actions (B,) or (B, d),
     log_prob_old and advantages (B,).
     """
+    B = len(inputs)
     policy, cache = policy_forward(actor, inputs)
     log_prob, log_prob_grads = policy.log_prob(actions)
-    if not (log_prob_old.shape == advantages.shape == log_prob.shape):
-        raise ValueError(f"log_prob_old and advantages must be {log_prob.shape}")
+    if not (log_prob_old.shape == advantages.shape == (B,)):
+        raise ValueError(f"log_prob_old and advantages must be ({B},)")
     loss, slope = objective(log_prob, log_prob_old, advantages)
     # ∂loss/∂logits = ∂loss/∂log π · ∂log π/∂logits; likewise for mean and log_std
     d_policy = [slope[:, None] * grad for grad in log_prob_grads]
@@ -378,22 +374,23 @@ def actor_loss(actor, objective, ent_coef, inputs, actions, log_prob_old, advant
         entropy, entropy_grads = policy.entropy()
         loss = loss - c * entropy
         d_policy = [d - c * grad for d, grad in zip(d_policy, entropy_grads)]
-    d_outputs = d_policy[0] / len(inputs)  # the loss is a mean over rows
+    d_outputs = d_policy[0] / B  # the loss is a mean over rows
     grads = mlp_backward(actor, cache, d_outputs)
     if len(d_policy) == 2:  # Gaussian: all rows use one log_std, so its gradients add up
-        grads.append(d_policy[1].sum(axis=0) / len(inputs))
-    return loss.sum() / len(inputs), flatten(grads)
+        grads.append(d_policy[1].sum(axis=0) / B)
+    return loss.sum() / B, flatten(grads)
 
 
 def critic_loss(critic, inputs, returns):
     """Return the mean loss, and its gradient (P,), for inputs (B, obs_dim), returns (B,)."""
+    B = len(inputs)
     outputs, cache = mlp_forward(critic, inputs)
-    if returns.shape != outputs.shape[:1]:
-        raise ValueError(f"returns must be {outputs.shape[:1]}")
+    if returns.shape != (B,):
+        raise ValueError(f"returns must be ({B},)")
     # Eq. 18   loss = (V - R̂)²;   ∂loss/∂V = 2 (V - R̂)
     error = outputs[:, 0] - returns
-    d_outputs = 2 * error[:, None] / len(inputs)
-    return error @ error / len(inputs), flatten(mlp_backward(critic, cache, d_outputs))
+    d_outputs = 2 * error[:, None] / B
+    return error @ error / B, flatten(mlp_backward(critic, cache, d_outputs))
 
 
 # §7  Adam
@@ -612,11 +609,10 @@ def learn(agent, envs):
     N = envs.num_envs
     # An episode may span several rollouts, so these go on.
     steps = 0
-    episodes = 0
+    all_returns = []
     ended_before = np.zeros(N, bool)
-    return_so_far = np.zeros(N)
-    discounted_so_far = np.zeros(N)
-    last_returns = np.empty(0)
+    return_so_far = 0
+    discounted_so_far = 0
 
     seed = int(agent.rng.integers(2**31 - N))  # environment i gets seed + i
     obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
@@ -633,10 +629,9 @@ def learn(agent, envs):
 
         # Eq. 2   With γ = 1, an episode's last sum is R(τ) = Σ r_t. Its mean estimates J(θ).
         sums, return_so_far = sums_so_far(rewards, ended, 1, return_so_far)  # (T, N), (N,)
-        last_returns = np.append(last_returns, sums[ended])[-100:]
-        mean_return = float(last_returns.mean()) if len(last_returns) > 0 else math.nan
+        all_returns.extend(sums[ended])
+        mean_return = float(np.mean(all_returns[-100:])) if all_returns else math.nan
         steps += T * N
-        episodes += int(ended.sum())
         if not is_transition.any():
             continue  # a rollout of one step may be resets only
 
@@ -644,7 +639,7 @@ def learn(agent, envs):
         sums, discounted_so_far = sums_so_far(rewards, ended, settings.gamma, discounted_so_far)
         scale_rewards(agent, rewards, sums[is_transition])
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
-        values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
+        values, _ = mlp_forward(agent.critic, np.vstack(inputs))
         values = values.reshape(T + 1, N)
         advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.lam)
         returns = advantages + values[:-1]  # (T, N)   Eq. 18   R̂ = Â + V_φ_k(s)
@@ -654,16 +649,16 @@ def learn(agent, envs):
         batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
         changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
         observe(agent, observations[:-1][is_transition])  # for the next rollout (§10)
-        yield {"steps": steps, "episodes": episodes, "mean_return": mean_return, **changes}
+        yield {"steps": steps, "episodes": len(all_returns), "mean_return": mean_return, **changes}
 
 
 # To learn PPO, a student may stop here. TRPO follows, then what the lectures leave out.
 
 # §9  TRPO
 # TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
-# takes the one that gains most. Near θ_k the gain is gᵀΔ with g = ∇J, and KL is ½ΔᵀFΔ
-# with the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate (a loss) and kl are functions
-# of theta that return (mean, gradient).
+# takes the one that gains most. Near θ_k the gain is -gᵀΔ with the loss's gradient g, and
+# KL is ½ΔᵀFΔ with the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate (a loss) and kl are
+# functions of theta that return (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
@@ -697,17 +692,13 @@ def conjugate_gradients(product, g, iterations=10):
 
 
 def trust_region_step(theta, surrogate, kl, delta):
-    """Move theta (P,) in place so that the surrogate loss falls and kl is at most delta.
-
-    If no such step is found, theta stays.
-    """
-    loss_old, gradient = surrogate(theta)
-    if gradient @ gradient == 0:
+    """Move theta (P,) in place, if a step makes surrogate fall and keeps kl at most delta."""
+    loss_old, g = surrogate(theta)
+    if g @ g == 0:
         return
-    g = -gradient  # surrogate is a loss
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v), g)
-    # Eq. 14   Δ = √(2δ / xᵀFx) x, where F x = g, so xᵀFx = xᵀg
-    step = float(np.sqrt(2 * delta / (x @ g))) * x
+    # Eq. 14   Δ = -√(2δ / xᵀFx) x, where F x = g, so xᵀFx = xᵀg
+    step = -float(np.sqrt(2 * delta / (x @ g))) * x
     for _ in range(10):  # Δ is right only near θ_k: halve it until both conditions hold
         kl_new, _ = kl(theta + step)
         loss_new, _ = surrogate(theta + step)
@@ -737,7 +728,7 @@ def trpo(theta, shapes, objective, ent_coef, data, delta):
 def update_moments(moments, rows):
     """Add rows (B, ...) to moments (3, ...), in place."""
     new = [rows.mean(axis=0), rows.var(axis=0), len(rows)]
-    moments[:] = update_mean_var_count_from_moments(*moments, *new)
+    moments[:] = gym.wrappers.utils.update_mean_var_count_from_moments(*moments, *new)
 
 
 def scale_rewards(agent, rewards, sums):
@@ -747,7 +738,7 @@ def scale_rewards(agent, rewards, sums):
 
 
 def observe(agent, obs):
-    """Update the statistics from observations (B, obs_dim); the next rollout uses them.
+    """Update the statistics from observations (B, obs_dim).
 
     A component's mean and std are renewed until normalize_steps steps are counted. After
     that they are renewed only if the clip to ±10 hid over 1 % of its values.
@@ -764,14 +755,13 @@ def observe(agent, obs):
 
 
 def report(agent, inputs, actions, log_prob_old, advantages, returns):
-    """Return what an update with B rows changed. Raise FloatingPointError if it diverged."""
+    """Return what an update with B rows changed."""
     policy, _ = policy_forward(agent.actor, inputs)  # θ is now θ_{k+1}
     log_prob, _ = policy.log_prob(actions)
     entropy, _ = policy.entropy()
     kl, ratio_minus_1 = kl_divergence(log_prob, log_prob_old)
-    for numbers in (agent.theta, agent.phi, agent.obs_std, kl):
-        if not np.isfinite(numbers).all():
-            raise FloatingPointError("diverged: try a smaller lr")
+    if not np.isfinite(np.hstack([agent.theta, agent.phi, agent.obs_std, kl])).all():
+        raise FloatingPointError("diverged: try a smaller lr")
     return {
         "kl": float(kl.mean()),
         "clipped": float((abs(ratio_minus_1) > agent.settings.clip).mean()),
