@@ -59,14 +59,13 @@ def flatten(arrays):
     return np.concatenate(arrays, axis=None)
 
 
-def unflatten(vector, shapes):
-    """Cut the vector (P,) into views of these shapes: arrays that change when it does."""
-    arrays = []
-    for shape in shapes:
-        size = math.prod(shape)
-        arrays.append(vector[:size].reshape(shape))
-        vector = vector[size:]
-    return arrays
+def unflatten(vector, arrays):
+    """Cut the vector (P,) into views shaped like these arrays. They change when it does."""
+    views = []
+    for array in arrays:
+        views.append(vector[: array.size].reshape(array.shape))
+        vector = vector[array.size :]
+    return views
 
 
 def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
@@ -197,7 +196,7 @@ class Gaussian:
         # Eq. 17   H = Σ (log std + ½ log 2πe) in every state;   ∂H/∂log_std = 1
         zeros = np.zeros_like(self.mean)
         entropy = (zeros + self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(axis=-1)
-        return entropy, [zeros, zeros + 1]
+        return entropy, [zeros, np.ones_like(self.mean)]
 
 
 def policy_forward(actor, inputs):
@@ -482,10 +481,10 @@ class Agent:
         gain = 1.0 if settings.hidden else 0.0
         critic = init_mlp([obs_dim, *settings.hidden, 1], self.rng, gain)
 
-        self.actor_shapes = [array.shape for array in actor]
-        self.critic_shapes = [array.shape for array in critic]
         self.theta = flatten(actor)
         self.phi = flatten(critic)
+        self.actor = unflatten(self.theta, actor)  # views of θ, which move with it
+        self.critic = unflatten(self.phi, critic)
         self.obs_mean = np.zeros(obs_dim)
         self.obs_std = np.ones(obs_dim)
         self.obs_moments = np.zeros((3, obs_dim))  # mean, variance, number (§10)
@@ -494,15 +493,11 @@ class Agent:
         self.critic_adam = Adam(self.phi)
         self.beta = 1.0
 
-    @property
-    def actor(self):
-        """θ as arrays."""
-        return unflatten(self.theta, self.actor_shapes)
-
-    @property
-    def critic(self):
-        """φ as arrays."""
-        return unflatten(self.phi, self.critic_shapes)
+    def __setstate__(self, state):
+        """Let the networks of a copied agent be views of its own θ and φ."""
+        vars(self).update(state)
+        self.actor = unflatten(self.theta, self.actor)
+        self.critic = unflatten(self.phi, self.critic)
 
     def normalize(self, obs):
         """Return observations (..., obs_dim), shifted, scaled and clipped to ±10 (§10)."""
@@ -542,8 +537,6 @@ def update(agent, inputs, actions, advantages, returns, remaining):
     remaining, the share of the run to come, scales the learning rates and the entropy bonus.
     """
     settings = agent.settings
-    actor = agent.actor  # views of θ, which move with it
-    critic = agent.critic
     actor_lr = (settings.actor_lr or settings.lr) * remaining
     ent_coef = settings.ent_coef * remaining
     objective = {
@@ -556,22 +549,22 @@ def update(agent, inputs, actions, advantages, returns, remaining):
 
     # Eq. 6: the mean is a baseline, too. Dividing (not in the lectures) makes the scale 1.
     normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_old, _ = policy_forward(actor, inputs)  # θ is still θ_k
+    policy_old, _ = policy_forward(agent.actor, inputs)  # θ is still θ_k
     log_prob_old, _ = policy_old.log_prob(actions)
     data = [inputs, actions, log_prob_old, normalized]
 
     def loss_of_actor(rows):
-        return actor_loss(actor, objective, ent_coef, *[array[rows] for array in data])
+        return actor_loss(agent.actor, objective, ent_coef, *[array[rows] for array in data])
 
     def loss_of_critic(rows):
-        return critic_loss(critic, inputs[rows], returns[rows])
+        return critic_loss(agent.critic, inputs[rows], returns[rows])
 
     if settings.objective == "pg":
         # Eq. 10: another step would need data of the new θ.
         _, gradient = loss_of_actor(slice(None))  # all rows
         agent.actor_adam.step(clip_by_global_norm(gradient, settings.max_grad_norm), actor_lr)
     elif settings.objective == "trpo":
-        trpo(agent.theta, agent.actor_shapes, objective, ent_coef, data, settings.kl_target)  # §9
+        trpo(agent.theta, agent.actor, objective, ent_coef, data, settings.kl_target)  # §9
     else:
         fit(agent, agent.actor_adam, loss_of_actor, len(inputs), actor_lr)
     fit(agent, agent.critic_adam, loss_of_critic, len(inputs), settings.lr * remaining)
@@ -600,11 +593,9 @@ def learn(agent, envs):
     envs come from make_envs (§11). Raises FloatingPointError if a number is not finite.
     """
     settings = agent.settings
-    actor = agent.actor  # cut once, not at each step
 
     def sample(obs):
-        policy, _ = policy_forward(actor, agent.normalize(obs))
-        return policy.sample(agent.rng)  # envs make actions legal (§11)
+        return agent.policy(obs).sample(agent.rng)  # envs make actions legal (§11)
 
     N = envs.num_envs
     # An episode may span several rollouts, so these go on.
@@ -708,14 +699,14 @@ def trust_region_step(theta, surrogate, kl, delta):
         step = step / 2
 
 
-def trpo(theta, shapes, objective, ent_coef, data, delta):
+def trpo(theta, actor, objective, ent_coef, data, delta):
     """Take a trust_region_step; data are inputs, actions, log_prob_old and advantages."""
 
     def surrogate(theta):
-        return actor_loss(unflatten(theta, shapes), objective, ent_coef, *data)
+        return actor_loss(unflatten(theta, actor), objective, ent_coef, *data)
 
     def kl(theta):
-        return actor_loss(unflatten(theta, shapes), kl_divergence, 0, *data)
+        return actor_loss(unflatten(theta, actor), kl_divergence, 0, *data)
 
     trust_region_step(theta, surrogate, kl, delta)
 

@@ -466,6 +466,7 @@ def watch(monkeypatch, name):
 def played(monkeypatch):
     """learn plays 3 and 2 steps of the script. V(s) = 2s + 1, the action is s > 0, γ = ½."""
     agent = an_agent(hidden=(), gamma=0.5, lam=0.8, lr=1e-9, total_steps=14)
+    agent = copy.deepcopy(agent)  # learns, too
     agent.phi[:] = [2, 1]
     agent.theta[:] = [0, 1e4, 0, 0]
     judged = watch(monkeypatch, "gae")
@@ -521,7 +522,7 @@ def test_eq14_eq19_update(space, objective, rng):
     chosen = dict(epochs=3, lr=0.1, actor_lr=0.05, max_grad_norm=0.01, ent_coef=0.3, clip=0.1)
     agent = an_agent(space, objective=objective, kl_target=1e-3, **chosen)
     agent.beta = 0.7
-    twin = copy.deepcopy(agent)
+    twin = ppo.Agent(Script(space), agent.settings)
     inputs = rng.standard_normal((12, 1), np.float32)
     advantages, returns = rng.normal(5, [[2], [9]], (2, 12)).astype(np.float32)
     policy, _ = ppo.policy_forward(twin.actor, inputs)
@@ -535,7 +536,7 @@ def test_eq14_eq19_update(space, objective, rng):
     loss = (OBJECTIVES | own).get(objective, ppo.importance_sampling)
 
     def actor_loss(theta, loss=loss, ent_coef=0.3 * 0.2):
-        actor = ppo.unflatten(theta, twin.actor_shapes)
+        actor = ppo.unflatten(theta, twin.actor)
         return ppo.actor_loss(actor, loss, ent_coef, inputs, actions, log_prob_old, normalized)
 
     if objective == "trpo":  # Eq. 14   With the entropy bonus KL would not be a distance.
@@ -574,10 +575,10 @@ def test_eq14_eq19_update(space, objective, rng):
 def test_eq17_actor_loss_and_its_gradient(space, objective, ent_coef, rng):
     """Objective, entropy, policy and network together, in every case of the clip table."""
     agent = an_agent(space, obs_dim=3)
-    shapes = agent.actor_shapes
     theta = 0.5 * rng.standard_normal(len(agent.theta))
     inputs = rng.standard_normal((16, 3))
-    policy, _ = ppo.policy_forward(ppo.unflatten(theta, shapes), inputs)
+    actor = ppo.unflatten(theta, agent.actor)
+    policy, _ = ppo.policy_forward(actor, inputs)
     actions = policy.sample(rng)
     log_prob, _ = policy.log_prob(actions)
     # Each of four ratios meets each of four advantages.
@@ -585,30 +586,30 @@ def test_eq17_actor_loss_and_its_gradient(space, objective, ent_coef, rng):
     advantages = np.repeat([2.0, 0.3, -0.5, -1.0], 4)
 
     def loss(theta):
-        policy, _ = ppo.policy_forward(ppo.unflatten(theta, shapes), inputs)
+        policy, _ = ppo.policy_forward(ppo.unflatten(theta, agent.actor), inputs)
         log_prob, _ = policy.log_prob(actions)
         rows, _ = objective(log_prob, log_prob_old, advantages)
         entropy, _ = policy.entropy()
         return (rows - ent_coef * entropy).mean()  # Eq. 17
 
     data = [inputs, actions, log_prob_old, advantages]
-    mean, gradient = ppo.actor_loss(ppo.unflatten(theta, shapes), objective, ent_coef, *data)
+    mean, gradient = ppo.actor_loss(actor, objective, ent_coef, *data)
     assert_allclose(mean, loss(theta))
     assert_allclose(gradient, numerical_gradient(loss, theta), rtol=1e-6, atol=1e-9)
 
 
 def test_eq18_critic_loss_and_its_gradient(rng):
     """The loss is the mean of (V - R̂)². Its gradient passes three layers with biases."""
-    shapes = [(3, 5), (5,), (5, 4), (4,), (4, 1), (1,)]
+    critic = ppo.init_mlp([3, 5, 4, 1], rng)
     phi = rng.standard_normal(49)
     inputs = rng.standard_normal((8, 3))
     returns = rng.standard_normal(8)
 
     def loss(phi):
-        values, _ = ppo.mlp_forward(ppo.unflatten(phi, shapes), inputs)
+        values, _ = ppo.mlp_forward(ppo.unflatten(phi, critic), inputs)
         return ((values[:, 0] - returns) ** 2).mean()  # Eq. 18
 
-    mean, gradient = ppo.critic_loss(ppo.unflatten(phi, shapes), inputs, returns)
+    mean, gradient = ppo.critic_loss(ppo.unflatten(phi, critic), inputs, returns)
     assert_allclose(mean, loss(phi))
     assert_allclose(gradient, numerical_gradient(loss, phi), rtol=1e-6, atol=1e-9)
 
