@@ -458,7 +458,7 @@ class Settings:
     max_grad_norm: float = setting(0.5, "longer gradients are shortened")
     hidden: tuple = setting((64, 64), "sizes of the hidden layers")
     normalize_steps: int = setting(1, "normalise by the first N steps; 0: do not")
-    log_std_init: float = setting(0.0, "log_std of a new policy")
+    log_std_init: float = setting(-0.5, "log_std of a new policy")
     eval_episodes: int = setting(100, "episodes of the greedy evaluation")
 
 
@@ -788,17 +788,6 @@ def is_of_user(error):
     return not modules <= {__name__, "gymnasium", "importlib", "numpy", "zipfile"}
 
 
-def settings_of_kind(obs_space, action_space):
-    """Return the settings for tasks with these spaces."""
-    is_numbered = isinstance(obs_space, Discrete)
-    if isinstance(action_space, Discrete):
-        # Without hidden layers W is a table: a row of logits, or a value, for each state.
-        return dict(TABLE, hidden=(), normalize_steps=0) if is_numbered else dict()
-    if flatdim(action_space) == 1 and not is_numbered:
-        return dict(CONTINUOUS, log_std_init=0.8, epochs=8)
-    return dict(CONTINUOUS, log_std_init=-0.5)
-
-
 def check(settings):
     """Raise UsageError if a setting cannot work."""
     for name, value in vars(settings).items():
@@ -816,15 +805,22 @@ def check(settings):
 
 def new_agent(env=Settings.env, **chosen):
     """Return a new agent. Settings not chosen are those of the task or its kind."""
-    with closing(make_envs(env, 1)) as envs:
-        kind = settings_of_kind(envs.obs_space, envs.single_action_space)
-        spec = envs.spec
-        own = TASKS.get(spec.name, {}) if str(spec.entry_point).startswith("gymnasium.") else {}
-        # Numbers of numpy become Python's.
-        chosen = {name: np.asarray(value).tolist() for name, value in chosen.items()}
-        settings = Settings(env, **kind | own | chosen)
-        check(settings)
-        return Agent(envs, settings)
+    envs = make_envs(env, 1)
+    envs.close()  # its spaces are enough
+    is_numbered = isinstance(envs.obs_space, Discrete)
+    if isinstance(envs.single_action_space, Discrete):
+        # Without hidden layers W is a table: a row of logits, or a value, for each state.
+        kind = dict(TABLE, hidden=(), normalize_steps=0) if is_numbered else {}
+    elif flatdim(envs.single_action_space) == 1 and not is_numbered:
+        kind = dict(CONTINUOUS, log_std_init=0.8, epochs=8)
+    else:
+        kind = CONTINUOUS
+    tasks = TASKS if str(envs.spec.entry_point).startswith("gymnasium.") else {}
+    # Numbers of numpy become Python's.
+    chosen = {name: np.asarray(value).tolist() for name, value in chosen.items()}
+    settings = Settings(env, **kind | tasks.get(envs.spec.name, {}) | chosen)
+    check(settings)
+    return Agent(envs, settings)
 
 
 class WithoutInfo(gym.Wrapper):
@@ -910,9 +906,9 @@ def train_and_print(agent, args):
         save(args.save, agent)  # if it fails, it fails now
     log = open(args.log or os.devnull, "w")
     flags = ["--load", args.load] if args.load else []
+    usual = settings if args.load else Settings(env="")
     for name, value in vars(settings).items():
-        is_usual = name != "env" and value == getattr(Settings, name)
-        if hasattr(args, name) or not (is_usual or args.load):
+        if hasattr(args, name) or value != getattr(usual, name):
             flags += ["--" + name.replace("_", "-"), *np.ravel(value)]
     print("python ppo.py", *flags)  # repeats the run
     points = []
@@ -932,26 +928,28 @@ def train_and_print(agent, args):
             print(f"{line:<60}", end="\r", flush=True)
         return actions
 
-    with log, closing(make_envs(settings.env, settings.num_envs)) as envs:
-        if sys.stdout.isatty():
-            envs = TransformAction(envs, live_line)
-        try:
-            for record in learn(agent, envs):
-                if num_rows == 0:
-                    print(*record, sep=",", file=log)
-                    print(ROW.format(*record))
-                if record["episodes"] > 0:
-                    points.append((record["steps"], record["mean_return"]))
-                print(*record.values(), sep=",", file=log, flush=True)
-                if 20 * record["steps"] >= num_rows * settings.total_steps:
-                    num_rows += 1
-                    print(ROW.format(*map(four_digits, record.values())), flush=True)
-                if args.save:
-                    save(args.save, agent)
-        finally:
-            if shown:
-                print(" " * 60, end="\r")  # instead of the live line
-            print_curve(points)
+    envs = make_envs(settings.env, settings.num_envs)
+    if sys.stdout.isatty():
+        envs = TransformAction(envs, live_line)
+    try:
+        for record in learn(agent, envs):
+            if num_rows == 0:
+                print(*record, sep=",", file=log)
+                print(ROW.format(*record))
+            if record["episodes"] > 0:
+                points.append((record["steps"], record["mean_return"]))
+            print(*record.values(), sep=",", file=log, flush=True)
+            if 20 * record["steps"] >= num_rows * settings.total_steps:
+                num_rows += 1
+                print(ROW.format(*map(four_digits, record.values())), flush=True)
+            if args.save:
+                save(args.save, agent)
+    finally:
+        envs.close()
+        log.close()
+        if shown:
+            print(" " * 60, end="\r")  # instead of the live line
+        print_curve(points)
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
     if args.save:
@@ -1036,8 +1034,7 @@ def load(path, **chosen):
     Its random numbers go on, unless a seed is chosen. Its optimisers and β start afresh.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = dict(np.load(path, allow_pickle=False))
         values, rng_state = json.loads(str(arrays.pop("state")))
         settings = Settings(**values)
         assert np.isfinite(flatten([*arrays.values()])).all()
