@@ -40,7 +40,6 @@ import math
 import sys
 import time
 import traceback
-from contextlib import closing
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -217,8 +216,8 @@ def rollout(envs, act, obs, num_steps):
     """Play num_steps steps in N environments. act maps observations to actions (N, ...).
 
     envs is a Gymnasium vector environment, obs (N, obs_dim) its last observation. Returns
-    observations (T+1, N, obs_dim), actions (T, N, ...), rewards (in float32), terminated and
-    truncated (T, N). Observations are in float32, or in float64 if obs is.
+    observations (T+1, N, obs_dim) in float32, or float64 if obs is, actions (T, N, ...),
+    rewards in float32, terminated and truncated (T, N).
 
     An episode is terminated at a true end, truncated at a time limit. The step after
     either only resets (Gymnasium's NEXT_STEP): learn (§8) leaves out its row.
@@ -432,8 +431,8 @@ class Adam:
 
 
 def setting(default, help):
-    """A field of Settings with the help of its flag."""
-    return field(default=default, metadata={"help": help})
+    """A field of Settings that is a flag."""
+    return field(default=default, metadata={"help": f"{help}; default {default}"})
 
 
 @dataclass(frozen=True)
@@ -655,7 +654,7 @@ def learn(agent, envs):
 def fisher_product(kl, theta, v, damping=0.1):
     """Return F v (P,): how ∇KL changes along v (P,). Adding damping v helps if F is singular."""
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
-    # hv has the length 2 ∛eps: a shorter one drowns in rounding, a longer one is not local.
+    # hv is 2 ∛eps long: a shorter one drowns in rounding, a longer one is not local.
     h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
     _, ahead = kl(theta + h * v)
     _, behind = kl(theta - h * v)
@@ -713,7 +712,7 @@ def trpo(theta, actor, objective, ent_coef, data, delta):
 
 # §10  Statistics
 # Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...)
-# are the mean, the variance and the number of what was seen.
+# are mean, variance and number of what was seen.
 
 
 def update_moments(moments, rows):
@@ -762,7 +761,7 @@ def report(agent, inputs, actions, log_prob_old, advantages, returns):
 
 
 # §11  Tasks
-# Settings that differ from the defaults: first by the kind of task, then by the task.
+# Settings that differ from the defaults, by the kind of task and by the task.
 
 CONTINUOUS = dict(total_steps=1_000_000, lr=6e-4, gamma=0.99, normalize_steps=10**12)
 TABLE = dict(num_envs=32, num_steps=32, minibatch_size=256, lr=3e-2, lam=0.8, ent_coef=0.3)
@@ -782,7 +781,7 @@ class UsageError(ValueError):
 
 
 def is_of_user(error):
-    """Return whether code other than ppo.py's and its libraries' took part in an error."""
+    """Return whether code of the user took part in an error."""
     trace = traceback.walk_tb(error.__traceback__)
     modules = {frame.f_globals["__name__"].split(".")[0] for frame, _ in trace}
     return not modules <= {__name__, "gymnasium", "importlib", "numpy", "zipfile"}
@@ -793,12 +792,11 @@ def check(settings):
     for name, value in vars(settings).items():
         if isinstance(value, str | None) or name == "log_std_init":
             continue
-        may_be_0 = name in ("seed", "gamma", "lam", "ent_coef", "normalize_steps")
-        least = "0 or more" if may_be_0 else "above 0"
+        sign = ">=" if name in ("seed", "gamma", "lam", "ent_coef", "normalize_steps") else ">"
         most = 1 if name in ("gamma", "lam") else 1e12
         for number in np.ravel(value):
-            if not (0 < number <= most or number == 0 and may_be_0):
-                raise UsageError(f"{name} must be {least}, at most {most:g}, not {number}")
+            if not (0 < number <= most or number == 0 and sign == ">="):
+                raise UsageError(f"{name} must be {sign} 0 and <= {most:g}, not {number}")
     if settings.objective not in ("pg", "is", "trpo", "kl", "clip"):
         raise UsageError("objective must be pg, is, trpo, kl or clip")
 
@@ -824,7 +822,7 @@ def new_agent(env=Settings.env, **chosen):
 
 
 class WithoutInfo(gym.Wrapper):
-    """Drops info, because Gymnasium cannot stack every kind of it."""
+    """Drops info, which Gymnasium cannot always stack."""
 
     def reset(self, **options):
         return self.env.reset(**options)[0], {}
@@ -840,9 +838,8 @@ def make_envs(env, num_envs, render=False):
         envs = gym.make_vec(env, num_envs=num_envs, **options)
         if render:
             envs.call("reset", seed=0)  # opens the window
-    except Exception as error:  # Gymnasium has many kinds
-        cause = error.__context__ or error  # Gymnasium raises some anew
-        if isinstance(error, SyntaxError) or is_of_user(cause):
+    except Exception as error:  # Gymnasium has many kinds, and raises some anew
+        if isinstance(error, SyntaxError) or is_of_user(error.__context__ or error):
             raise
         raise UsageError(f"cannot make {env}: {error} (your own is module:Name-v0)") from error
     obs_space = envs.single_observation_space
@@ -852,22 +849,23 @@ def make_envs(env, num_envs, render=False):
         problem = f"actions must be Discrete or Box, not {action_space}"
     elif not obs_space.is_np_flattenable:
         problem = f"observations must have a fixed size, not {obs_space}"
-    elif "NEXT" not in str(envs.metadata.get("autoreset_mode", "NEXT_STEP")).upper():
+    elif "NEXT" not in str(envs.metadata.get("autoreset_mode", "NEXT")).upper():
         problem = "resets must come in the next step"
     elif render and not {"human", "rgb_array"} & {*envs.metadata.get("render_modes", [])}:
         problem = "it has no render mode human"
     if problem:
         envs.close()
         raise UsageError(f"{env}: {problem:.150}")
-    if isinstance(envs.unwrapped, gym.vector.SyncVectorEnv):
-        envs.unwrapped.envs = [WithoutInfo(one) for one in envs.unwrapped.envs]
+    inner = envs.unwrapped
+    if isinstance(inner, gym.vector.SyncVectorEnv):
+        inner.envs = [WithoutInfo(one) for one in inner.envs]
     if isinstance(obs_space, Discrete):
         states = obs_space.start + np.arange(obs_space.n)
-        envs = TransformObservation(envs, lambda obs: (obs[:, None] == states).astype(np.float32))
+        envs = TransformObservation(envs, lambda obs: obs[:, None] == states)
     elif obs_space.shape != (flatdim(obs_space),):
         envs = FlattenObservation(envs)
     envs = TransformAction(envs, partial(legal_actions, action_space))
-    envs.obs_space = obs_space  # of one environment, before it was flattened
+    envs.obs_space = obs_space  # not flattened
     return envs
 
 
@@ -893,10 +891,12 @@ def legal_actions(space, actions):
 
 
 def train(env=Settings.env, **chosen):
-    """Train from Python. Return the agent and a list of records, one an iteration."""
+    """Train from Python. Return the agent and a record of each iteration."""
     agent = new_agent(env, **chosen)
-    with closing(make_envs(env, agent.settings.num_envs)) as envs:
-        return agent, list(learn(agent, envs))
+    envs = make_envs(env, agent.settings.num_envs)
+    records = list(learn(agent, envs))
+    envs.close()
+    return agent, records
 
 
 def train_and_print(agent, args):
@@ -947,20 +947,19 @@ def train_and_print(agent, args):
     finally:
         envs.close()
         log.close()
-        if shown:
-            print(" " * 60, end="\r")  # instead of the live line
+        print()  # after the live line
         print_curve(points)
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
     if args.save:
-        print(f"saved; to watch it: python ppo.py --play {args.save} --render")
+        print(f"to watch it: python ppo.py --play {args.save} --render")
 
 
 ROW = "{:>10}{:>10}{:>12}" + "{:>11}" * 4
 
 
 def four_digits(number):
-    """Return a number as text, with four significant digits."""
+    """Write a number with four significant digits."""
     return f"{number:,.0f}" if 1000 <= abs(number) < 1e8 else f"{number:.4g}"
 
 
@@ -973,41 +972,42 @@ def print_curve(points):
     tick = 10.0 ** math.floor(math.log10(spread))
     if spread < 3 * tick:
         tick /= 5
-    columns = np.interp(np.linspace(steps[0], steps[-1], 60), steps, returns)
-    bottom = math.floor(returns.min() / tick)
-    for level in range(math.floor(columns.max() / tick), bottom, -1):
-        bars = "".join(np.where(columns >= level * tick, "#", " "))
-        print(f"{four_digits(level * tick):>12} |{bars}")
-    print(f"{four_digits(bottom * tick):>12} +{'-' * 60}")
+    columns = np.interp(np.linspace(steps[0], steps[-1], 60), steps, returns / tick)
+    bottom = math.floor(columns.min())
+    for level in range(math.floor(columns.max()), bottom, -1):
+        bars = "".join(np.where(columns >= level, "#", " "))
+        print(f"{level * tick:>12,.6g} |{bars}")
+    print(f"{bottom * tick:>12,.6g} +{'-' * 60}")
     print(f"{steps[0]:>20,.0f}{steps[-1]:>48,.0f} steps")
 
 
 def evaluate(agent, episodes=None, render=False, max_steps=100_000):
     """Play greedy episodes on seeds of their own; return their returns (episodes,).
 
-    In each round every environment plays one episode. Taking the first to finish would favour
-    short ones. The first round in which one is cut off, at max_steps, is the last.
+    In a round every environment plays one episode. Taking the first to finish would favour
+    short ones. A round that is cut off, at max_steps, is the last.
     """
     settings = agent.settings
     episodes = episodes or (5 if render else settings.eval_episodes)
     num_envs = 1 if render else min(episodes, settings.num_envs, 10)
     rng = np.random.default_rng([settings.seed, 1])
     returns = []
-    with closing(make_envs(settings.env, num_envs, render)) as envs:
-        while len(returns) < episodes:
-            obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
-            totals = np.zeros(num_envs)
-            is_playing = np.ones(num_envs, bool)
-            for _ in range(max_steps):
-                obs, rewards, terminated, truncated, _ = envs.step(agent.policy(obs).mode())
-                totals[is_playing] += rewards[is_playing]
-                is_playing &= ~np.logical_or(terminated, truncated)
-                if not is_playing.any():
-                    break
-            returns.extend(totals)
-            if is_playing.any():
-                print(f"the last episodes were cut off after {max_steps:,} steps")
+    envs = make_envs(settings.env, num_envs, render)
+    while len(returns) < episodes:
+        obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
+        totals = np.zeros(num_envs)
+        is_playing = np.ones(num_envs, bool)
+        for _ in range(max_steps):
+            obs, rewards, terminated, truncated, _ = envs.step(agent.policy(obs).mode())
+            totals[is_playing] += rewards[is_playing]
+            is_playing &= ~np.logical_or(terminated, truncated)
+            if not is_playing.any():
                 break
+        returns.extend(totals)
+        if is_playing.any():
+            print(f"the last episodes were cut off after {max_steps:,} steps")
+            break
+    envs.close()
     return np.array(returns[:episodes])
 
 
@@ -1019,7 +1019,7 @@ def arrays_of(agent):
 def save(path, agent):
     """Write a policy file, whole or not at all."""
     state = json.dumps([vars(agent.settings), agent.rng.bit_generator.state])
-    temporary = f"{path}.{os.getpid()}.npz"  # another process may save to the same path
+    temporary = f"{path}.{os.getpid()}.npz"  # no other process writes to it
     try:
         np.savez(temporary, state=state, **arrays_of(agent))
         os.replace(temporary, path)
@@ -1040,7 +1040,7 @@ def load(path, **chosen):
         assert np.isfinite(flatten([*arrays.values()])).all()
     except OSError:
         raise
-    except Exception as error:  # there are many ways in which a file can be broken
+    except Exception as error:  # a file can be broken in many ways
         raise UsageError(f"{path} is no policy file of this version of ppo.py") from error
     agent = new_agent(**vars(settings) | chosen)
     for name, array in arrays_of(agent).items():
@@ -1057,16 +1057,14 @@ def run(argv):
     parser = argparse.ArgumentParser(epilog="Some tasks have other defaults. A run prints them.")
     parser.error = lambda message: parser.exit(2, f"ppo.py: {message}\n")
     add = parser.add_argument
-    add("--save", help="file to keep the policy in")
+    add("--save", help="policy file to write")
     add("--load", help="policy file to start from")
-    add("--play", help="policy file to evaluate, without training")
+    add("--play", help="policy file to evaluate only")
     add("--log", help="CSV file with a row for each iteration")
     add("--render", action="store_true", help="evaluate in a window")
     for f in fields(Settings):
-        flag = "--" + f.name.replace("_", "-")
         options = {"type": int, "nargs": "*"} if f.type is tuple else {"type": f.type}
-        text = f"{f.metadata['help']}; default {f.default}"
-        add(flag, default=argparse.SUPPRESS, help=text, **options)
+        add("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options, **f.metadata)
     args = parser.parse_args(argv)
     chosen = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
 
@@ -1098,7 +1096,7 @@ def main(argv=None):
         if is_of_user(error):
             raise
         if isinstance(error, BrokenPipeError):
-            os._exit(1)  # without a last flush, which would fail, too
+            os._exit(1)  # a last flush would fail, too
         print("ppo.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 

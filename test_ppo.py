@@ -1116,7 +1116,6 @@ def test_a_terminal_shows_progress_before_the_first_row(run, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     out = run("")
     assert "4 steps, 2 steps/s, 14 s left" in out.split("mean_return")[0]
-    assert out.count(" " * 60 + "\r") == 1
     assert (out + run("--help")).isascii()
 
 
