@@ -1086,9 +1086,9 @@ def run(argv):
 def main(argv=None):
     """Run the command line. Return its exit status: 2 for mistakes, 130 after Ctrl-C."""
     gym.logger.min_level = gym.logger.ERROR  # its warnings take several lines
+    np.seterr(all="ignore")  # learn looks for numbers that are not finite
     try:
-        with np.errstate(all="ignore"):  # learn looks for numbers that are not finite
-            run(argv)
+        run(argv)
         return 0
     except KeyboardInterrupt:
         return 130

@@ -466,7 +466,6 @@ def watch(monkeypatch, name):
 def played(monkeypatch):
     """learn plays 3 and 2 steps of the script. V(s) = 2s + 1, the action is s > 0, γ = ½."""
     agent = an_agent(hidden=(), gamma=0.5, lam=0.8, lr=1e-9, total_steps=14)
-    agent = copy.deepcopy(agent)  # learns, too
     agent.phi[:] = [2, 1]
     agent.theta[:] = [0, 1e4, 0, 0]
     judged = watch(monkeypatch, "gae")
@@ -522,7 +521,7 @@ def test_eq14_eq19_update(space, objective, rng):
     chosen = dict(epochs=3, lr=0.1, actor_lr=0.05, max_grad_norm=0.01, ent_coef=0.3, clip=0.1)
     agent = an_agent(space, objective=objective, kl_target=1e-3, **chosen)
     agent.beta = 0.7
-    twin = ppo.Agent(Script(space), agent.settings)
+    twin = copy.deepcopy(agent)  # its networks move with its own θ and φ
     inputs = rng.standard_normal((12, 1), np.float32)
     advantages, returns = rng.normal(5, [[2], [9]], (2, 12)).astype(np.float32)
     policy, _ = ppo.policy_forward(twin.actor, inputs)
