@@ -578,12 +578,13 @@ def sums_so_far(rewards, ended, gamma, before):
 
     gamma discounts older rewards. before (N,) is what the previous call returned, or 0.
     """
-    sums = np.empty(rewards.shape)
-    for t in range(len(rewards)):
+    sums = rewards.astype(float)
+    factor = gamma * (1 - ended)
+    sums[0] += gamma * before
+    for t in range(1, len(rewards)):
         # g_t = r_t + γ g_{t-1}: Eq. 5, but looking back
-        sums[t] = rewards[t] + gamma * before
-        before = np.where(ended[t], 0, sums[t])
-    return sums, before
+        sums[t] += factor[t - 1] * sums[t - 1]
+    return sums, (1 - ended[-1]) * sums[-1]
 
 
 def learn(agent, envs):
@@ -903,7 +904,7 @@ def train_and_print(agent, args):
     """Train, print about twenty rows and the curve, save after each iteration."""
     settings = agent.settings
     if args.save and not os.path.isfile(args.save):
-        save(args.save, agent)  # if it fails, it fails now
+        save(args.save, agent)  # fail early
     log = open(args.log or os.devnull, "w")
     flags = ["--load", args.load] if args.load else []
     usual = settings if args.load else Settings(env="")
@@ -1074,7 +1075,7 @@ def run(argv):
     path = args.play or args.load
     agent = load(path, **chosen) if path else new_agent(**chosen)
     if args.render:
-        make_envs(agent.settings.env, 1, render=True).close()  # if it fails, it fails now
+        make_envs(agent.settings.env, 1, render=True).close()  # fail early
     if not args.play:
         train_and_print(agent, args)
     returns = evaluate(agent, chosen.get("eval_episodes"), args.render)
