@@ -519,9 +519,9 @@ both_spaces = pytest.mark.parametrize("space", [TWO, BOX], ids=POLICIES)
 def test_eq14_eq19_update(space, objective, rng):
     """Three epochs of one minibatch, written out for a twin, with 0.2 of the run still to come."""
     chosen = dict(epochs=3, lr=0.1, actor_lr=0.05, max_grad_norm=0.01, ent_coef=0.3, clip=0.1)
-    agent = an_agent(space, objective=objective, kl_target=1e-3, **chosen)
-    agent.beta = 0.7
-    twin = copy.deepcopy(agent)  # its networks move with its own θ and φ
+    twin = an_agent(space, objective=objective, kl_target=1e-3, **chosen)
+    twin.beta = 0.7
+    agent = copy.deepcopy(twin)  # its networks move with its own θ and φ
     inputs = rng.standard_normal((12, 1), np.float32)
     advantages, returns = rng.normal(5, [[2], [9]], (2, 12)).astype(np.float32)
     policy, _ = ppo.policy_forward(twin.actor, inputs)
