@@ -78,7 +78,7 @@ def init_mlp(sizes, rng, out_gain=1.0, dtype=np.float32):
     for fan_in, fan_out, gain in zip(sizes[:-1], sizes[1:], gains):
         noise = rng.standard_normal((max(fan_in, fan_out), min(fan_in, fan_out)))
         q, r = np.linalg.qr(noise)
-        q *= np.sign(np.diag(r))  # all matrices are equally likely
+        q *= np.sign(np.diag(r))  # qr alone favours some matrices
         W = q if fan_in >= fan_out else q.T
         params.append((gain * W).astype(dtype))
         params.append(np.zeros(fan_out, dtype))
@@ -89,7 +89,7 @@ def mlp_forward(params, inputs):
     """Return outputs (B, out_dim) for inputs (B, in_dim), and a cache: each layer's input."""
     cache = []
     x = inputs
-    for W, b in zip(params[0::2], params[1::2]):  # a log_std (§2) at the end is no layer
+    for W, b in zip(params[0::2], params[1::2]):  # zip leaves out a last log_std (§2)
         if cache:  # not the first layer
             x = np.tanh(x)
         cache.append(x)
@@ -120,7 +120,7 @@ def mlp_backward(params, cache, d_outputs):
 
 def log_softmax(logits):
     """Return log π(·|s) (B, n) for logits (B, n)."""
-    logits = np.asfortranarray(logits)  # the same numbers; long columns add up faster
+    logits = np.asfortranarray(logits)  # the same numbers, stored by columns: faster
     shifted = logits - logits.max(axis=-1, keepdims=True)  # exp cannot overflow
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -143,7 +143,7 @@ class Categorical:
     def log_prob(self, actions):
         """Return log π(a|s) (B,) of actions (B,), and its gradients [(B, n)]."""
         assert actions.shape == self.logits.shape[:1]
-        assert (actions >= 0).all()
+        assert (actions >= 0).all()  # -1 would be the last
         log_probs = log_softmax(self.logits)
         rows = np.arange(len(actions))
         # log π(a) = logits_a - log Σ exp(logits). So ∂log π(a)/∂logits = onehot(a) - π,
@@ -216,16 +216,16 @@ def rollout(envs, act, obs, num_steps):
     """Play num_steps steps in N environments. act maps observations to actions (N, ...).
 
     envs is a Gymnasium vector environment, obs (N, obs_dim) its last observation. Returns
-    observations (T+1, N, obs_dim) in float32, or float64 if obs is, actions (T, N, ...),
+    observations (T+1, N, obs_dim) in float32, or float64 if obs needs it, actions (T, N, ...),
     rewards in float32, terminated and truncated (T, N).
 
     An episode is terminated at a true end, truncated at a time limit. The step after
     either only resets (Gymnasium's NEXT_STEP): learn (§8) leaves out its row.
 
         t   observations[t]   actions[t]   rewards[t]   terminated[t]
-        7   s_7               a_7          r_7          True            the episode ends
-        8   s_8, the last     ignored      0            False           the reset
-        9   s_1               a_1          r_1          False           the next episode
+        6   s_7               a_7          r_7          True            the episode ends
+        7   s_8, the last     ignored      0            False           the reset
+        8   s_1               a_1          r_1          False           the next episode
     """
     observations = np.empty((num_steps + 1, *obs.shape), np.result_type(obs, np.float32))
     rewards = np.empty((num_steps, len(obs)), np.float32)
@@ -251,7 +251,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam):
     """Generalized Advantage Estimation (Schulman et al. 2016): return Â (T, N).
 
     rewards, terminated and truncated (booleans or 0/1) are (T, N), values (T+1, N). Step
-    t led to the state of values[t+1], also where an episode ends. Â is void in rows of resets.
+    t led to the state of values[t+1], also where an episode ends. Ignore Â in rows of resets.
     """
     shapes = {rewards.shape, terminated.shape, truncated.shape, values[1:].shape}
     if rewards.ndim != 2 or len(shapes) > 1:
@@ -414,7 +414,7 @@ class Adam:
         self.t = 0
 
     def step(self, gradient, lr, beta1=0.9, beta2=0.999, eps=1e-5):
-        """Move theta against the gradient (P,): each number by up to about lr."""
+        """Move theta against the gradient (P,): each number by about lr."""
         assert gradient.shape == self.theta.shape
         self.t += 1
         # m and v are running means of g and g²:   m ← β₁ m + (1-β₁) g,   v ← β₂ v + (1-β₂) g²
@@ -467,7 +467,7 @@ class Agent:
     def __init__(self, envs, settings):
         self.settings = settings
         self.rng = np.random.default_rng(settings.seed)
-        self.obs_space = envs.obs_space  # not flattened (make_envs, §11)
+        self.obs_space = envs.obs_space  # not flattened (§11)
         self.action_space = envs.single_action_space
         obs_dim = flatdim(self.obs_space)
         act_dim = flatdim(self.action_space)
@@ -493,7 +493,7 @@ class Agent:
         self.beta = 1.0
 
     def __setstate__(self, state):
-        """Let the networks of a copied agent be views of its own θ and φ."""
+        """After copying: copies of views are no views. Make views again."""
         vars(self).update(state)
         self.actor = unflatten(self.theta, self.actor)
         self.critic = unflatten(self.phi, self.critic)
@@ -531,7 +531,7 @@ def fit(agent, adam, loss_of, num_rows, lr):
 
 
 def update(agent, inputs, actions, advantages, returns, remaining):
-    """Learn from transitions (B, ...), and return a report of what changed.
+    """Learn from transitions (B, ...), and return a report (§10).
 
     remaining, the share of the run to come, scales the learning rates and the entropy bonus.
     """
@@ -574,12 +574,12 @@ def update(agent, inputs, actions, advantages, returns, remaining):
 
 
 def sums_so_far(rewards, ended, gamma, before):
-    """Return the sum of each episode's rewards so far (T, N), and the last sums (N,).
+    """Return the sums of each episode's rewards so far (T, N), and those that go on (N,).
 
     gamma discounts older rewards. before (N,) is what the previous call returned, or 0.
     """
     sums = rewards.astype(float)
-    factor = gamma * (1 - ended)
+    factor = gamma * (1 - ended)  # 0 after an end
     sums[0] += gamma * before
     for t in range(1, len(rewards)):
         # g_t = r_t + γ g_{t-1}: Eq. 5, but looking back
@@ -588,7 +588,7 @@ def sums_so_far(rewards, ended, gamma, before):
 
 
 def learn(agent, envs):
-    """The PPO loop (Eq. 19), for total_steps steps. Yields a record after each iteration.
+    """The PPO loop (Eq. 19), for total_steps steps. Yields a record of each update.
 
     envs come from make_envs (§11). Raises FloatingPointError if a number is not finite.
     """
@@ -598,14 +598,14 @@ def learn(agent, envs):
         return agent.policy(obs).sample(agent.rng)  # envs make actions legal (§11)
 
     N = envs.num_envs
-    # An episode may span several rollouts, so these go on.
+    # These go on from rollout to rollout, as episodes do.
     steps = 0
-    all_returns = []
+    totals = []
     ended_before = np.zeros(N, bool)
     return_so_far = 0
     discounted_so_far = 0
 
-    seed = int(agent.rng.integers(2**31 - N))  # environment i gets seed + i
+    seed = int(agent.rng.integers(2**31 - N))  # the last may get seed + N - 1
     obs, _ = envs.reset(seed=seed)  # (N, obs_dim)
     while steps < settings.total_steps:
         # Eq. 19, play: T steps in each environment with θ_k.
@@ -620,13 +620,13 @@ def learn(agent, envs):
 
         # Eq. 2   With γ = 1, an episode's last sum is R(τ) = Σ r_t. Its mean estimates J(θ).
         sums, return_so_far = sums_so_far(rewards, ended, 1, return_so_far)  # (T, N), (N,)
-        all_returns.extend(sums[ended])
-        mean_return = float(np.mean(all_returns[-100:])) if all_returns else math.nan
+        totals.extend(sums[ended])
+        mean_return = float(np.mean(totals[-100:])) if totals else math.nan
         steps += T * N
         if not is_transition.any():
             continue  # a rollout of one step may be resets only
 
-        # Eq. 19, judge: Â and R̂ with φ_k, from rewards scaled in place: V stays small (§10).
+        # Eq. 19, judge: Â and R̂ with φ_k. Scaling the rewards first keeps V small (§10).
         sums, discounted_so_far = sums_so_far(rewards, ended, settings.gamma, discounted_so_far)
         scale_rewards(agent, rewards, sums[is_transition])
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
@@ -640,20 +640,20 @@ def learn(agent, envs):
         batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
         changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
         observe(agent, observations[:-1][is_transition])  # for the next rollout (§10)
-        yield {"steps": steps, "episodes": len(all_returns), "mean_return": mean_return, **changes}
+        yield {"steps": steps, "episodes": len(totals), "mean_return": mean_return, **changes}
 
 
 # To learn PPO, a student may stop here. TRPO follows, then what the lectures leave out.
 
 # §9  TRPO
 # TRPO (Eq. 14; Schulman et al. 2015) is what PPO replaces. Of all steps Δ with KL ≤ δ it
-# takes the one that gains most. Near θ_k the gain is -gᵀΔ with the loss's gradient g, and
-# KL is ½ΔᵀFΔ with the Fisher matrix F = E[∇log π ∇log πᵀ]. surrogate (a loss) and kl are
-# functions of theta that return (mean, gradient).
+# takes the one with the lowest loss. Near θ_k this changes by gᵀΔ, where g = ∇loss, and KL
+# is ½ΔᵀFΔ with the Fisher matrix F = E[∇log π ∇log πᵀ]. loss_of and kl are functions of
+# theta that return (mean, gradient).
 
 
 def fisher_product(kl, theta, v, damping=0.1):
-    """Return F v (P,): how ∇KL changes along v (P,). Adding damping v helps if F is singular."""
+    """Return F v + damping v (P,). F v is how ∇KL changes along v (P,); F can be singular."""
     # Eq. 14   F v ≈ (∇KL(θ_k + hv) - ∇KL(θ_k - hv)) / 2h
     # hv is 2 ∛eps long: a shorter one drowns in rounding, a longer one is not local.
     h = 2 * float(np.finfo(theta.dtype).eps) ** (1 / 3) / float(np.linalg.norm(v))
@@ -682,17 +682,17 @@ def conjugate_gradients(product, g, iterations=10):
     return x
 
 
-def trust_region_step(theta, surrogate, kl, delta):
-    """Move theta (P,) in place, if a step makes surrogate fall and keeps kl at most delta."""
-    loss_old, g = surrogate(theta)
+def trust_region_step(theta, loss_of, kl, delta):
+    """Move theta (P,) in place, if a step makes the loss fall and keeps kl at most delta."""
+    loss_old, g = loss_of(theta)
     if g @ g == 0:
         return
     x = conjugate_gradients(lambda v: fisher_product(kl, theta, v), g)
-    # Eq. 14   Δ = -√(2δ / xᵀFx) x, where F x = g, so xᵀFx = xᵀg
+    # Eq. 14   Δ = -√(2δ / xᵀFx) x, where F x = g (damped), so xᵀFx = xᵀg
     step = -float(np.sqrt(2 * delta / (x @ g))) * x
     for _ in range(10):  # Δ is right only near θ_k: halve it until both conditions hold
         kl_new, _ = kl(theta + step)
-        loss_new, _ = surrogate(theta + step)
+        loss_new, _ = loss_of(theta + step)
         if kl_new <= delta and loss_new < loss_old:
             theta += step
             return
@@ -702,18 +702,18 @@ def trust_region_step(theta, surrogate, kl, delta):
 def trpo(theta, actor, objective, ent_coef, data, delta):
     """Take a trust_region_step; data are inputs, actions, log_prob_old and advantages."""
 
-    def surrogate(theta):
+    def loss_of(theta):
         return actor_loss(unflatten(theta, actor), objective, ent_coef, *data)
 
     def kl(theta):
         return actor_loss(unflatten(theta, actor), kl_divergence, 0, *data)
 
-    trust_region_step(theta, surrogate, kl, delta)
+    trust_region_step(theta, loss_of, kl, delta)
 
 
 # §10  Statistics
-# Not in the lectures: networks learn best from numbers of about size 1. Moments (3, ...)
-# are mean, variance and number of what was seen.
+# Networks learn best from numbers of about size 1. Moments (3, ...) are mean, variance and
+# number of what was seen.
 
 
 def update_moments(moments, rows):
@@ -723,7 +723,7 @@ def update_moments(moments, rows):
 
 
 def scale_rewards(agent, rewards, sums):
-    """Divide rewards, in place, by the deviation of all discounted sums so far (B,)."""
+    """Divide rewards, in place, by the deviation of all sums seen, these (B,) too."""
     update_moments(agent.return_moments, sums)
     rewards /= np.sqrt(agent.return_moments[1] + 1e-8)
 
@@ -732,7 +732,7 @@ def observe(agent, obs):
     """Update the statistics from observations (B, obs_dim).
 
     A component's mean and std are renewed until normalize_steps steps are counted. After
-    that they are renewed only if the clip to ±10 hid over 1 % of its values.
+    that only if the clip to ±10 hid over 1 % of its values.
     """
     if agent.settings.normalize_steps == 0:
         return
@@ -746,7 +746,7 @@ def observe(agent, obs):
 
 
 def report(agent, inputs, actions, log_prob_old, advantages, returns):
-    """Return what an update with B rows changed."""
+    """Return figures on an update with B rows."""
     policy, _ = policy_forward(agent.actor, inputs)  # θ is now θ_{k+1}
     log_prob, _ = policy.log_prob(actions)
     entropy, _ = policy.entropy()
