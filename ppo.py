@@ -40,6 +40,7 @@ import math
 import sys
 import time
 import traceback
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -482,7 +483,7 @@ class Agent:
 
         self.theta = flatten(actor)
         self.phi = flatten(critic)
-        self.actor = unflatten(self.theta, actor)  # views of θ, which move with it
+        self.actor = unflatten(self.theta, actor)  # views: write into θ, do not replace it
         self.critic = unflatten(self.phi, critic)
         self.obs_mean = np.zeros(obs_dim)
         self.obs_std = np.ones(obs_dim)
@@ -514,7 +515,7 @@ class Agent:
     def act(self, obs):
         """Return the likeliest action for one observation, as env.step accepts it."""
         space = self.obs_space
-        if space.shape not in (None, np.shape(obs)):
+        if space.shape is not None and np.shape(obs) != space.shape:
             raise ValueError(f"an observation must be {space.shape}")
         policy = self.policy(gym.spaces.flatten(space, obs)[None])
         return legal_actions(self.action_space, policy.mode())[0]  # §11
@@ -595,7 +596,7 @@ def learn(agent, envs):
     settings = agent.settings
 
     def sample(obs):
-        return agent.policy(obs).sample(agent.rng)  # envs make actions legal (§11)
+        return agent.policy(obs).sample(agent.rng)
 
     N = envs.num_envs
     # These go on from rollout to rollout, as episodes do.
@@ -630,7 +631,7 @@ def learn(agent, envs):
         sums, discounted_so_far = sums_so_far(rewards, ended, settings.gamma, discounted_so_far)
         scale_rewards(agent, rewards, sums[is_transition])
         inputs = agent.normalize(observations)  # (T+1, N, obs_dim)
-        values, _ = mlp_forward(agent.critic, np.vstack(inputs))
+        values, _ = mlp_forward(agent.critic, inputs.reshape((T + 1) * N, -1))
         values = values.reshape(T + 1, N)
         advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.lam)
         returns = advantages + values[:-1]  # (T, N)   Eq. 18   R̂ = Â + V_φ_k(s)
@@ -784,8 +785,8 @@ class UsageError(ValueError):
 def is_of_user(error):
     """Return whether code of the user took part in an error."""
     trace = traceback.walk_tb(error.__traceback__)
-    modules = {frame.f_globals["__name__"].split(".")[0] for frame, _ in trace}
-    return not modules <= {__name__, "gymnasium", "importlib", "numpy", "zipfile"}
+    modules = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in trace}
+    return not modules <= {__name__.split(".")[0], "gymnasium", "importlib", "numpy", "zipfile"}
 
 
 def check(settings):
@@ -894,10 +895,8 @@ def legal_actions(space, actions):
 def train(env=Settings.env, **chosen):
     """Train from Python. Return the agent and a record of each iteration."""
     agent = new_agent(env, **chosen)
-    envs = make_envs(env, agent.settings.num_envs)
-    records = list(learn(agent, envs))
-    envs.close()
-    return agent, records
+    with closing(make_envs(env, agent.settings.num_envs)) as envs:
+        return agent, list(learn(agent, envs))
 
 
 def train_and_print(agent, args):
@@ -946,10 +945,10 @@ def train_and_print(agent, args):
             if args.save:
                 save(args.save, agent)
     finally:
-        envs.close()
-        log.close()
         print()  # after the live line
         print_curve(points)
+        log.close()
+        envs.close()
     seconds = time.monotonic() - start
     print(f"trained in {seconds:.1f} s, {settings.total_steps / seconds:,.0f} steps/s")
     if args.save:
@@ -977,8 +976,8 @@ def print_curve(points):
     bottom = math.floor(columns.min())
     for level in range(math.floor(columns.max()), bottom, -1):
         bars = "".join(np.where(columns >= level, "#", " "))
-        print(f"{level * tick:>12,.6g} |{bars}")
-    print(f"{bottom * tick:>12,.6g} +{'-' * 60}")
+        print(f"{level * tick:>12,.9g} |{bars}")
+    print(f"{bottom * tick:>12,.9g} +{'-' * 60}")
     print(f"{steps[0]:>20,.0f}{steps[-1]:>48,.0f} steps")
 
 
@@ -993,22 +992,21 @@ def evaluate(agent, episodes=None, render=False, max_steps=100_000):
     num_envs = 1 if render else min(episodes, settings.num_envs, 10)
     rng = np.random.default_rng([settings.seed, 1])
     returns = []
-    envs = make_envs(settings.env, num_envs, render)
-    while len(returns) < episodes:
-        obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
-        totals = np.zeros(num_envs)
-        is_playing = np.ones(num_envs, bool)
-        for _ in range(max_steps):
-            obs, rewards, terminated, truncated, _ = envs.step(agent.policy(obs).mode())
-            totals[is_playing] += rewards[is_playing]
-            is_playing &= ~np.logical_or(terminated, truncated)
-            if not is_playing.any():
+    with closing(make_envs(settings.env, num_envs, render)) as envs:
+        while len(returns) < episodes:
+            obs, _ = envs.reset(seed=int(rng.integers(2**31 - num_envs)))
+            totals = np.zeros(num_envs)
+            is_playing = np.ones(num_envs, bool)
+            for _ in range(max_steps):
+                obs, rewards, terminated, truncated, _ = envs.step(agent.policy(obs).mode())
+                totals[is_playing] += rewards[is_playing]
+                is_playing &= ~np.logical_or(terminated, truncated)
+                if not is_playing.any():
+                    break
+            returns.extend(totals)
+            if is_playing.any():
+                print(f"the last episodes were cut off after {max_steps:,} steps")
                 break
-        returns.extend(totals)
-        if is_playing.any():
-            print(f"the last episodes were cut off after {max_steps:,} steps")
-            break
-    envs.close()
     return np.array(returns[:episodes])
 
 
@@ -1041,7 +1039,7 @@ def load(path, **chosen):
         assert np.isfinite(flatten([*arrays.values()])).all()
     except OSError:
         raise
-    except Exception as error:  # a file can be broken in many ways
+    except Exception as error:  # files break in many ways
         raise UsageError(f"{path} is no policy file of this version of ppo.py") from error
     agent = new_agent(**vars(settings) | chosen)
     for name, array in arrays_of(agent).items():
@@ -1079,9 +1077,9 @@ def run(argv):
     if not args.play:
         train_and_print(agent, args)
     returns = evaluate(agent, chosen.get("eval_episodes"), args.render)
-    numbers = [four_digits(of(returns)) for of in (np.mean, np.std, np.min, np.max)]
+    numbers = [four_digits(of(returns)) for of in (len, np.mean, np.std, np.min, np.max)]
     line = "greedy evaluation over {} episodes: mean {}, std {}, min {}, max {}"
-    print(line.format(len(returns), *numbers), flush=True)
+    print(line.format(*numbers), flush=True)
 
 
 def main(argv=None):

@@ -903,7 +903,7 @@ NUMBERED = gym.spaces.Discrete(5, start=-2)
 SPACES = [
     (gym.spaces.Box(0, 1, (), np.float64), THREE),
     (gym.spaces.Box(0, 255, (4, 4, 3), np.uint8), WIDE),
-    (gym.spaces.Dict(a=gym.spaces.Text(5), b=gym.spaces.Tuple([THREE, BOX])), THREE),
+    (gym.spaces.Tuple([BOX, gym.spaces.Dict(a=gym.spaces.Text(5), b=THREE)]), THREE),
     (NUMBERED, WIDE),
     (NUMBERED, THREE),
 ]
