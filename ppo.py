@@ -13,7 +13,7 @@ The algorithm (Eq. 19)
     create the actor θ and the critic φ (§1, §2)
     repeat until all steps are used up (§8)
         play T steps in N environments with the policy π_θ (§3)
-        judge: advantages Â by GAE, and returns R̂ = Â + V_φ (§4)
+        judge: advantages Â by GAE, and returns R̂ = Â + V_φ (§4, §8)
         learn: K passes for θ, then K for φ, B rows at a time
             move θ against the gradient of the actor's loss (§5, §6, §7)
             move φ against the gradient of the critic's loss (§6, §7)
