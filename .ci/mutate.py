@@ -38,6 +38,7 @@ EXPLAINED = {
     "clip_by_global_norm: _ * math.nan": "nan in any case.",
     "Agent: [0, 1, 0.0001]": "It has almost no weight.",
     "learn: 2 ** 31": "Larger seeds are as good.",
+    "learn: _.reshape((_ + 1) * _, -1) -> _.reshape((_ + 1) * _, -2)": "So does any below 0.",
     "fisher_product: 2 * float(np.finfo(_.dtype).eps) ** (1 / 3) -> 3 *": "It is as exact.",
     "conjugate_gradients: _, _, _=10": "One more changes x little.",
     "conjugate_gradients: _ @ _ <= 1e-10 * (_ @ _) -> _ @ _ < 1e": "Never equal.",
