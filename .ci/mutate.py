@@ -2,10 +2,10 @@
 
     python .ci/mutate.py [--only gae] [--sample 20]
 
-If a mutant survives, a line of the algorithm could be wrong without anybody noticing. Then a test
-is missing, or the change makes no difference and EXPLAINED says why. A sample stays the same as
-long as ppo.py does. The exit status is 1 if a survivor is not explained, if an explanation is of no
-mutant, or if the tests fail on ppo.py itself.
+If a mutant survives, a line of the algorithm could be wrong and nobody would notice. Then a test is
+missing, or the change makes no difference and EXPLAINED says why. A sample stays the same as long
+as ppo.py does. The exit status is 1 if a survivor is not explained, if an explanation is of no
+mutant, or if tests fail on ppo.py.
 """
 
 import argparse
@@ -38,7 +38,7 @@ EXPLAINED = {
     "clip_by_global_norm: _ * math.nan": "nan in any case.",
     "Agent: [0, 1, 0.0001]": "It has almost no weight.",
     "learn: 2 ** 31": "Larger seeds are as good.",
-    "learn: _.reshape((_ + 1) * _, -1) -> _.reshape((_ + 1) * _, -2)": "So does any below 0.",
+    "learn: _.reshape((_ + 1) * _, -1) -> _.reshape((_ + 1) * _, -2)": "Any negative size will do.",
     "fisher_product: 2 * float(np.finfo(_.dtype).eps) ** (1 / 3) -> 3 *": "It is as exact.",
     "conjugate_gradients: _, _, _=10": "One more changes x little.",
     "conjugate_gradients: _ @ _ <= 1e-10 * (_ @ _) -> _ @ _ < 1e": "Never equal.",
