@@ -569,9 +569,9 @@ def update(agent, inputs, actions, advantages, returns, remaining):
         fit(agent, agent.actor_adam, loss_of_actor, len(inputs), actor_lr)
     fit(agent, agent.critic_adam, loss_of_critic, len(inputs), settings.lr * remaining)
 
-    changes = report(agent, inputs, actions, log_prob_old, advantages, returns)  # §10
-    agent.beta = adapt_beta(agent.beta, changes["kl"], settings.kl_target)
-    return changes
+    figures = report(agent, inputs, actions, log_prob_old, advantages, returns)  # §10
+    agent.beta = adapt_beta(agent.beta, figures["kl"], settings.kl_target)
+    return figures
 
 
 def sums_so_far(rewards, ended, gamma, before):
@@ -639,9 +639,9 @@ def learn(agent, envs):
         # Eq. 19, learn: K epochs on the same data make θ_{k+1} and φ_{k+1}.
         arrays = [inputs[:-1], actions, advantages, returns]
         batch = [array[is_transition] for array in arrays]  # (T, N, ...) -> (B, ...)
-        changes = update(agent, *batch, remaining=steps_left / settings.total_steps)
+        figures = update(agent, *batch, remaining=steps_left / settings.total_steps)
         observe(agent, observations[:-1][is_transition])  # for the next rollout (§10)
-        yield {"steps": steps, "episodes": len(totals), "mean_return": mean_return, **changes}
+        yield {"steps": steps, "episodes": len(totals), "mean_return": mean_return, **figures}
 
 
 # To learn PPO, a student may stop here. TRPO follows, then what the lectures leave out.
@@ -732,8 +732,8 @@ def scale_rewards(agent, rewards, sums):
 def observe(agent, obs):
     """Update the statistics from observations (B, obs_dim).
 
-    A component's mean and std are renewed until normalize_steps steps are counted. After
-    that only if the clip to ±10 hid over 1 % of its values.
+    A component's mean and std are renewed until normalize_steps steps are counted, and
+    later only if the clip to ±10 hid over 1 % of its values.
     """
     if agent.settings.normalize_steps == 0:
         return
